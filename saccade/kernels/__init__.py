@@ -1,0 +1,1 @@
+"""Three verbs: attend, scan, merge; and what selection needs: scores and topk."""

@@ -1,0 +1,403 @@
+"""Pattern: where each query looks, as data. Full, Window, Blocks, Tokens, Union and PerHead; Groups beside them.
+
+The law of the library: `attend(q, k, v, pattern)` equals dense softmax attention under `pattern.mask(call)`.
+Slots count places in the key store, positions count tokens of the sequence; they differ when a cache has evicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from saccade.core.call import Call
+from saccade.core.errors import InputError
+
+CHUNK = 1 << 24  # mask entries looked at in one go when pairs are counted the slow way
+
+
+class Pattern:
+    """A set of (query, key) pairs. Causality and padding are the call's business and always apply on top."""
+
+    fields_per_head: ClassVar[tuple[str, ...]] = ()
+
+    def member(self, call: Call, rows: Tensor, slots: Tensor) -> Tensor:
+        """Is slot in the set for the row? rows [n], slots [1|B, 1|H, 1|n, S] -> bool that broadcasts to [B,H,n,S]."""
+        raise NotImplementedError
+
+    def mask(self, call: Call, rows: Tensor | None = None) -> Tensor:
+        """The pairs as booleans [B, H, N, M] (or [B, H, len(rows), M]), with causality and padding."""
+        B, H, _, N, M = call.shape
+        device = self.device
+        q_pos, k_pos = call.positions(device)
+        rows = torch.arange(N, device=device) if rows is None else rows
+        slots = torch.arange(M, device=device)[None, None, None]
+        seen = call.sees(q_pos[:, None, rows, None], per_head(k_pos, call)[:, :, None, :])
+        return (self.member(call, rows, slots) & seen).expand(B, H, len(rows), M)
+
+    def pairs(self, call: Call) -> float:
+        """How many (query, key) pairs are visited, over all rows and heads."""
+        return self._count(call)
+
+    def density(self, call: Call) -> float:
+        """Visited pairs as a share of all that the call allows: 1.0 is dense attention."""
+        return self.pairs(call) / max(Full().pairs(call), 1.0)
+
+    def heads(self, ids: Sequence[int]) -> Pattern:
+        """The same pattern for some of the query heads."""
+        changed = {}
+        for name in self.fields_per_head:
+            value = getattr(self, name)
+            axis = 0 if isinstance(value, Tensor) and value.ndim == 1 else 1
+            if isinstance(value, Tensor) and value.shape[axis] > 1:
+                changed[name] = value.index_select(axis, torch.as_tensor(list(ids), device=value.device))
+        return type(self)(**{**self.__dict__, **changed}) if changed else self
+
+    def draw(self, call: Call, size: int = 48) -> Tensor:
+        """A picture [H, size, size]: the share of each cell's pairs that is visited (rows are sampled, 4 to a cell)."""
+        B, H, _, N, M = call.shape
+        size = min(size, N, M)
+        rows = torch.linspace(0, N - 1, min(N, 4 * size), device=self.device).round().long()
+        mask = self.mask(call, rows)[0].float()
+        return torch.nn.functional.adaptive_avg_pool2d(mask[None], (size, size))[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index tensors live."""
+        found = [v for v in self.__dict__.values() if isinstance(v, Tensor)]
+        return found[0].device if found else torch.device("cpu")
+
+    def _count(self, call: Call) -> float:
+        B, H, _, N, M = call.shape
+        step = max(1, CHUNK // (B * H * M))
+        rows = torch.arange(N, device=self.device)
+        return float(sum(self.mask(call, rows[i : i + step]).sum().item() for i in range(0, N, step)))
+
+
+@dataclass(frozen=True)
+class Full(Pattern):
+    """Every key that causality allows."""
+
+    def member(self, call: Call, rows: Tensor, slots: Tensor) -> Tensor:
+        return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=slots.device)
+
+    def pairs(self, call: Call) -> float:
+        B, H, _, N, M = call.shape
+        if not call.contiguous:
+            return self._count(call)
+        return float(B * H * (N * call.offset + N * (N + 1) // 2 if call.causal else N * M))
+
+
+@dataclass(frozen=True)
+class Window(Pattern):
+    """The first `sink` positions and the last `recent` up to the query itself (A-shape).
+
+    Args:
+        sink: positions from the start; an int, or integers [H].
+        recent: positions that end at the query, itself included; an int >= 1, or integers [H].
+    """
+
+    sink: int | Tensor
+    recent: int | Tensor
+    fields_per_head: ClassVar[tuple[str, ...]] = ("sink", "recent")
+
+    def __post_init__(self) -> None:
+        for name in ("sink", "recent"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                if value.ndim != 1:
+                    raise InputError(f"Window: {name} must be an int or [heads], got shape {list(value.shape)}")
+            elif value < (0 if name == "sink" else 1):
+                raise InputError(f"Window: {name} must be >= {0 if name == 'sink' else 1}, got {value}")
+
+    def member(self, call: Call, rows: Tensor, slots: Tensor) -> Tensor:
+        q_pos, k_pos = call.positions(slots.device)
+        p = q_pos[:, None, rows, None]
+        j = slots if call.k_pos is None else at_slots(per_head(k_pos, call), slots)
+        sink, recent = self._column("sink"), self._column("recent")
+        return (j < sink) | ((p - j).abs() < recent)
+
+    def pairs(self, call: Call) -> float:
+        B, H, _, N, M = call.shape
+        if not (call.contiguous and call.causal):
+            return self._count(call)
+        seen = torch.arange(call.offset, M, device=self.device) + 1
+        sink, recent = self._column("sink"), self._column("recent")
+        sink, recent = (torch.as_tensor(x, device=self.device).reshape(-1, 1) for x in (sink, recent))
+        near = torch.minimum(seen[None], recent)
+        far = torch.minimum(sink, (seen[None] - recent).clamp_min(0))
+        total = (near + far).sum(-1).double()
+        return float(B * total.sum().item() * (H if total.numel() == 1 else 1))
+
+    def _column(self, name: str) -> Any:
+        value = getattr(self, name)
+        return value[None, :, None, None] if isinstance(value, Tensor) else value
+
+
+@dataclass(frozen=True)
+class Blocks(Pattern):
+    """Key blocks per query block, as compact lists.
+
+    Args:
+        index: int32 [B|1, H|G|1, ceil(N/block_q), K], the key blocks (slot // block_k) each query block reads;
+            -1 = empty, distinct within a row, the empty ones last.
+        block_q: rows in a query block, counted from the call's first query.
+        block_k: slots in a key block.
+    """
+
+    index: Tensor
+    block_q: int
+    block_k: int
+    fields_per_head: ClassVar[tuple[str, ...]] = ("index",)
+
+    def __post_init__(self) -> None:
+        if self.index.ndim != 4 or self.block_q < 1 or self.block_k < 1:
+            raise InputError(
+                f"Blocks: index must be [B, H, query blocks, K] and blocks >= 1, got {list(self.index.shape)}, "
+                f"block_q {self.block_q}, block_k {self.block_k}"
+            )
+
+    def table(self, call: Call) -> Tensor:
+        """Booleans [B|1, H|1, query blocks, key blocks]."""
+        index = per_head(self.index, call).long()
+        count = -(-call.shape.M // self.block_k)
+        table = torch.zeros((*index.shape[:3], count + 1), dtype=torch.bool, device=index.device)
+        # empty entries land in one column too many, which is cut off
+        return table.scatter_(3, torch.where(index < 0, count, index), True)[..., :count]
+
+    def member(self, call: Call, rows: Tensor, slots: Tensor) -> Tensor:
+        table = self.table(call)[:, :, rows // self.block_q]
+        if slots.shape[:3] == (1, 1, 1):
+            return table[..., slots.reshape(-1) // self.block_k]
+        shape = torch.broadcast_shapes((*table.shape[:3], 1), slots.shape)
+        return table.expand(*shape[:3], table.shape[3]).gather(3, (slots // self.block_k).expand(shape))
+
+    def pairs(self, call: Call) -> float:
+        B, H, _, N, M = call.shape
+        if not (call.contiguous and call.causal):
+            return self._count(call)
+        index = per_head(self.index, call).long()
+        first, rows = self._rows(call)
+        start = index * self.block_k
+        width = (M - start).clamp(max=self.block_k)
+        # row i of a query block sees clamp(first + i - start + 1, 0, width) keys of the block: a sum in closed form
+        a = first[:, None] - start + 1
+        total = (_ramp(a + rows[:, None] - 1, width) - _ramp(a - 1, width)) * (index >= 0)
+        return float(total.double().sum().item() * (B // index.shape[0]) * (H // index.shape[1]))
+
+    def _rows(self, call: Call) -> tuple[Tensor, Tensor]:
+        """First position and number of rows of each query block, [query blocks] each."""
+        block = torch.arange(self.index.shape[2], device=self.index.device) * self.block_q
+        return block + call.offset, (call.shape.N - block).clamp(max=self.block_q)
+
+    def to_block_mask(self, call: Call) -> Any:
+        """The same pattern as a FlexAttention BlockMask (block_q and block_k must divide the lengths)."""
+        from torch.nn.attention.flex_attention import BlockMask
+
+        B, H, _, N, M = call.shape
+        index = per_head(self.index, call).expand(B, H, -1, -1).int()
+        count = (index >= 0).sum(-1).int()
+        full = torch.zeros((B, H, index.shape[2], -(-M // self.block_k)), dtype=torch.int32, device=index.device)
+        full[..., : index.shape[3]] = index.clamp_min(0)[..., : full.shape[3]]
+        offset, causal = call.offset, call.causal
+
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return j <= i + offset if causal else j >= 0
+
+        return BlockMask.from_kv_blocks(
+            count, full, BLOCK_SIZE=(self.block_q, self.block_k), mask_mod=visible, seq_lengths=(N, M)
+        )
+
+    @classmethod
+    def from_block_mask(cls, mask: Any) -> Blocks:
+        """Blocks from a FlexAttention BlockMask (its partial and its full blocks; its mask_mod must be causality)."""
+        pieces = []
+        for count, index in ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)):
+            if count is not None:
+                at = torch.arange(index.shape[-1], device=index.device)
+                pieces.append(torch.where(at < count[..., None], index, -1))
+        index = torch.cat(pieces, -1)
+        index = torch.where(index < 0, torch.iinfo(torch.int32).max, index).sort(-1).values
+        block_q, block_k = mask.BLOCK_SIZE
+        return cls(torch.where(index == torch.iinfo(torch.int32).max, -1, index).int(), block_q, block_k)
+
+
+@dataclass(frozen=True)
+class Tokens(Pattern):
+    """Single slots of the key store.
+
+    Args:
+        index: int32 [B|1, H|G|1, N|1, K] slots, distinct within a row, -1 = empty; one row serves all queries.
+    """
+
+    index: Tensor
+    fields_per_head: ClassVar[tuple[str, ...]] = ("index",)
+
+    def __post_init__(self) -> None:
+        if self.index.ndim != 4:
+            raise InputError(f"Tokens: index must be [B, H, N|1, K], got {list(self.index.shape)}")
+
+    def member(self, call: Call, rows: Tensor, slots: Tensor) -> Tensor:
+        index = per_head(self.index, call).long()
+        index = index[:, :, rows] if index.shape[2] > 1 else index
+        table = torch.zeros((*index.shape[:3], call.shape.M + 1), dtype=torch.bool, device=index.device)
+        table = table.scatter_(3, torch.where(index < 0, call.shape.M, index), True)[..., : call.shape.M]
+        shape = torch.broadcast_shapes((*table.shape[:3], 1), slots.shape)
+        return table.expand(*shape[:3], table.shape[3]).gather(3, slots.expand(shape))
+
+    def pairs(self, call: Call) -> float:
+        B, H, _, N, M = call.shape
+        if not (call.contiguous and call.causal):
+            return self._count(call)
+        index = per_head(self.index, call).long()
+        if index.shape[2] == 1:
+            seen = torch.where(index >= 0, M - index.clamp_min(call.offset), 0)
+        else:
+            seen = (index >= 0) & (index <= torch.arange(call.offset, M, device=index.device)[:, None])
+        return float(seen.double().sum().item() * (B // index.shape[0]) * (H // index.shape[1]))
+
+
+@dataclass(frozen=True)
+class Union(Pattern):
+    """The union of patterns; a pair in several of them counts once."""
+
+    parts: tuple[Pattern, ...]
+
+    def member(self, call: Call, rows: Tensor, slots: Tensor) -> Tensor:
+        found = self.parts[0].member(call, rows, slots)
+        for part in self.parts[1:]:
+            found = found | part.member(call, rows, slots)
+        return found
+
+    def heads(self, ids: Sequence[int]) -> Pattern:
+        return Union(tuple(part.heads(ids) for part in self.parts))
+
+    def pairs(self, call: Call) -> float:
+        if call.contiguous and call.causal and len(self.parts) == 2:
+            shared = _overlap(*self.parts, call)
+            if shared is not None:
+                return self.parts[0].pairs(call) + self.parts[1].pairs(call) - shared
+        return self._count(call)
+
+    @property
+    def device(self) -> torch.device:
+        found = [p.device for p in self.parts]
+        return next((d for d in found if d.type != "cpu"), found[0])
+
+
+@dataclass(frozen=True)
+class PerHead(Pattern):
+    """Different patterns for different query heads of one call, so that one launch serves a layer.
+
+    Args:
+        parts: (head ids, pattern) pairs; each pattern is for its own heads in that order; every head exactly once.
+    """
+
+    parts: tuple[tuple[tuple[int, ...], Pattern], ...]
+
+    def __post_init__(self) -> None:
+        ids = sorted(h for heads, _ in self.parts for h in heads)
+        if ids != list(range(len(ids))):
+            raise InputError(f"PerHead: every head must be named once, got {ids}")
+
+    def member(self, call: Call, rows: Tensor, slots: Tensor) -> Tensor:
+        B, H = call.shape[:2]
+        out = torch.zeros((B, H, len(rows), slots.shape[-1]), dtype=torch.bool, device=slots.device)
+        for heads, pattern in self.parts:
+            mine = slots if slots.shape[1] == 1 else slots[:, list(heads)]
+            out[:, list(heads)] = pattern.member(_for_heads(call, heads), rows, mine).expand(B, len(heads), -1, -1)
+        return out
+
+    def pairs(self, call: Call) -> float:
+        return sum(pattern.pairs(_for_heads(call, heads)) for heads, pattern in self.parts)
+
+    def heads(self, ids: Sequence[int]) -> Pattern:
+        where = {h: new for new, h in enumerate(ids)}
+        parts = []
+        for heads, pattern in self.parts:
+            local = [i for i, h in enumerate(heads) if h in where]
+            if local:
+                parts.append((tuple(where[heads[i]] for i in local), pattern.heads(local)))
+        return PerHead(tuple(parts))
+
+    @property
+    def device(self) -> torch.device:
+        found = [p.device for _, p in self.parts]
+        return next((d for d in found if d.type != "cpu"), found[0])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Gathered clusters: queries q_index[c] attend keys k_index[c]. Not a mask: a query may be in none or in many.
+
+    Args:
+        q_index: int [B, H, C, W] rows of q, ascending.
+        k_index: int [B, H, C, W2] slots of k, ascending.
+    """
+
+    q_index: Tensor
+    k_index: Tensor
+
+
+def per_head(t: Tensor, call: Call) -> Tensor:
+    """Bring axis 1 from kv heads to query heads; a size of 1 stays, as it broadcasts."""
+    H, G = call.shape.H, call.shape.G
+    if t.shape[1] in {1, H}:
+        return t
+    if t.shape[1] == G:
+        return t.repeat_interleave(H // G, dim=1)
+    raise InputError(f"a head axis of {t.shape[1]} fits neither 1, {G} kv heads nor {H} query heads")
+
+
+def at_slots(k_pos: Tensor, slots: Tensor) -> Tensor:
+    """Positions k_pos [1|B, 1|H, M] of slots [1|B, 1|H, 1|n, S]."""
+    if slots.shape[:3] == (1, 1, 1):
+        return k_pos[:, :, slots.reshape(-1)][:, :, None, :]
+    shape = torch.broadcast_shapes((*k_pos.shape[:2], 1, 1), slots.shape)
+    return k_pos[:, :, None].expand(*shape[:3], -1).gather(3, slots.expand(shape))
+
+
+def _for_heads(call: Call, heads: Sequence[int]) -> Call:
+    """The call for some query heads, each with its own kv head (so that any choice of heads is a rectangle)."""
+    share = call.shape.H // call.shape.G
+    return call.take(tuple(heads), tuple(h // share for h in heads))
+
+
+def _ramp(t: Tensor, width: Tensor) -> Tensor:
+    """Sum of clamp(u, 0, width) over all integers u <= t."""
+    low = t.clamp_min(0).minimum(width)
+    return low * (low + 1) // 2 + (t - width).clamp_min(0) * width
+
+
+def _overlap(a: Pattern, b: Pattern, call: Call) -> float | None:
+    """Pairs in both, in closed form where one is known; None elsewhere."""
+    if isinstance(b, Blocks):
+        a, b = b, a
+    if not isinstance(a, Blocks):
+        return None
+    B, H, _, N, M = call.shape
+    first, rows = a._rows(call)
+    if isinstance(b, Tokens) and b.index.shape[2] == 1:
+        slots = per_head(b.index, call).long()
+        table = a.table(call)
+        shape = (max(table.shape[0], slots.shape[0]), max(table.shape[1], slots.shape[1]), table.shape[2])
+        at = (slots.clamp_min(0) // a.block_k).expand(*shape, -1)
+        inside = table.expand(*shape, -1).gather(3, at) & (slots >= 0)
+        # rows of the query block at or after the token
+        below = rows[:, None] - (slots - first[:, None]).clamp_min(0).minimum(rows[:, None])
+        total = (inside * below).double().sum().item()
+        return float(total * (B // shape[0]) * (H // shape[1]))
+    if isinstance(b, Window) and not isinstance(b.sink, Tensor) and not isinstance(b.recent, Tensor):
+        index = per_head(a.index, call).long()
+        p = (first[:, None] + torch.arange(a.block_q, device=index.device))[:, None, :]
+        p = torch.where(p < M, p, -1)
+        lo = (index * a.block_k)[..., None]
+        hi = torch.minimum((lo + a.block_k).clamp(max=M), p + 1)
+        near = (hi - torch.maximum(lo, p - b.recent + 1)).clamp_min(0)
+        far = (hi.minimum(p - b.recent + 1).clamp(max=b.sink) - lo).clamp_min(0)
+        total = ((near + far) * (index >= 0)[..., None] * (p >= 0)).double().sum().item()
+        return float(total * (B // index.shape[0]) * (H // index.shape[1]))
+    return None

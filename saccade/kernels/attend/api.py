@@ -1,0 +1,76 @@
+"""attend: the one door to softmax attention, whatever the pattern and whatever computes it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saccade.core.call import Call
+from saccade.core.errors import InputError, UnsupportedError
+from saccade.core.pattern import Full, Pattern
+from saccade.kernels.attend import reference, tiled
+from saccade.kernels.merge import Out
+
+Impl = Literal["auto", "reference", "tiled", "triton"]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | None = None,
+    call: Call | None = None,
+    *,
+    key_bias: Tensor | None = None,
+    lse: bool = True,
+    impl: Impl = "auto",
+) -> Out:
+    """Softmax attention over the pairs of a pattern.
+
+    Equal to dense attention under `pattern.mask(call)`. Query heads share key heads without copies; a query that sees
+    no key gives 0. Gradients flow to q, k, v and key_bias.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values; their width may differ from the keys'.
+        pattern: where to look; None = Full().
+        call: positions, scale, causality; None = causal, the queries are the last N of the M keys.
+        key_bias: added to the logits of a key: [1|B, 1|G|H, M].
+        lse: also return the log-sum-exp (natural log, float32 or wider); False may be faster.
+        impl: "reference" (dense, exact, slow), "tiled" (plain PyTorch, any device), "auto" (the best there is).
+            A named implementation never gives way to another.
+
+    Shapes:
+        q [B,H,N,D], k [B,G,M,D], v [B,G,M,Dv], G divides H -> Out(o [B,H,N,Dv], lse [B,H,N] or None)
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit, an empty axis, or (on a CPU, where looking costs
+            nothing) NaN or infinity in q.
+        UnsupportedError: impl="triton": its kernels are not part of this version.
+
+    Example:
+        >>> q, k = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+        >>> attend(q, k, k).o.shape
+        torch.Size([1, 4, 6, 8])
+    """
+    pattern = Full() if pattern is None else pattern
+    call = Call.of(q, k) if call is None else call
+    call.check(q, k, v)
+    if key_bias is not None and (key_bias.ndim != 3 or key_bias.shape[2] != k.shape[2]):
+        raise InputError(f"attend: key_bias must be [B, heads, {k.shape[2]}], got {list(key_bias.shape)}")
+    if q.device.type == "cpu" and not torch.isfinite(q.detach()).all():
+        bad = (~torch.isfinite(q.detach())).nonzero()
+        raise InputError(
+            f"attend: q holds NaN or infinity in {len(bad)} places, the first at [batch, head, query, width] "
+            f"{bad[0].tolist()} (layer {call.layer}); look at the layer before"
+        )
+    if impl == "triton":
+        raise UnsupportedError("attend: impl='triton' is not part of this version; use 'tiled' or 'auto'")
+    if impl == "reference":
+        return reference.attend(q, k, v, pattern, call, key_bias)
+    if impl not in ("auto", "tiled"):
+        raise InputError(f"attend: impl must be 'auto', 'reference', 'tiled' or 'triton', got {impl!r}")
+    return tiled.attend(q, k, v, pattern, call, key_bias, lse)

@@ -1,0 +1,432 @@
+"""attend in plain PyTorch: gather what a tile of queries reads, one matmul, softmax, one matmul. Any device, trainable.
+
+A tile holds at most TILE scores, so that it stays in cache. Whatever is not contiguous (evicted stores, padded rows)
+takes the masked path, which is exact for every pattern. A union is the merge of its parts, each without the pairs of
+the parts before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from saccade.core.call import Call
+from saccade.core.pattern import Blocks, Full, Pattern, PerHead, Tokens, Union, Window, per_head
+from saccade.kernels.merge import Out, merge
+
+TILE = 1 << 20
+PACKED = 16  # up to so many queries, the query heads that share a key head are packed into one matmul
+NEG_INF = float("-inf")
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: Call, bias: Tensor | None, lse: bool
+) -> Out:
+    """As `saccade.kernels.attend.attend`, on checked arguments."""
+    if bias is not None:
+        bias = per_head(bias, call).expand(call.shape.B, call.shape.H, -1)
+    return _attend(q * call.softmax_scale(q.shape[3]), k, v, pattern, call, bias, lse, ())
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    call: Call,
+    bias: Tensor | None,
+    lse: bool,
+    without: tuple[Pattern, ...],
+) -> Out:
+    """Attention of scaled q under a pattern, less the pairs in the patterns `without`."""
+    args = (q, k, v, pattern, call, bias, lse, without)
+    if isinstance(pattern, PerHead):
+        return _per_head(*args)
+    if isinstance(pattern, Union):
+        parts = pattern.parts
+        outs = [_attend(q, k, v, p, call, bias, True, without + parts[:i]) for i, p in enumerate(parts)]
+        return merge(outs)
+    if isinstance(pattern, Window) and (isinstance(pattern.sink, Tensor) or isinstance(pattern.recent, Tensor)):
+        return _per_head(q, k, v, _by_size(pattern, call), call, bias, lse, without)
+    if not call.contiguous:
+        return _masked(*args)
+    if isinstance(pattern, Blocks):
+        return _blocks(q, k, v, pattern, call, bias, lse, without)
+    if isinstance(pattern, Tokens):
+        return _tokens(q, k, v, pattern, call, bias, lse, without)
+    if not without and call.causal and bias is None:
+        if isinstance(pattern, Window):
+            return _window(q, k, v, pattern, call, lse)
+        if isinstance(pattern, Full):
+            return _full(q, k, v, call, lse)
+    return _masked(*args)
+
+
+def _full(q: Tensor, k: Tensor, v: Tensor, call: Call, lse: bool) -> Out:
+    """Causal dense attention. SDPA where it can; tiles of rows where there is a past or the lse is wanted."""
+    B, H, G, N, M = call.shape
+    if N == M and not lse and q.shape[3] == v.shape[3]:
+        o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=H != G)
+        return Out(o)
+    step = N if N <= PACKED else max(1, min(64, TILE // (B * H * M)))
+    outs = []
+    for a in range(0, N, step):
+        b = min(a + step, N)
+        hi = call.offset + b
+        future = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).triu(1) if b - a > 1 else None
+
+        def tile(q: Tensor, k: Tensor, v: Tensor, future: Tensor | None = future, n: int = b - a) -> Out:
+            scores = q @ k.transpose(-1, -2)
+            if future is not None:
+                tail = scores.view(B, G, H // G, n, -1)[..., -n:]
+                tail.masked_fill_(future, NEG_INF)
+            return _softmax(scores, v, lse)
+
+        packed = q[:, :, a:b].reshape(B, G, H // G * (b - a), -1)
+        out = _run(tile, packed, k[:, :, :hi], v[:, :, :hi])
+        outs.append(_unpack(out, B, H, b - a))
+    return _rows(outs)
+
+
+def _window(q: Tensor, k: Tensor, v: Tensor, pattern: Window, call: Call, lse: bool) -> Out:
+    """Sink and band are slices, nothing is gathered."""
+    B, H, G, N, M = call.shape
+    sink, recent = int(pattern.sink), int(pattern.recent)
+    step = N if N <= PACKED else 256
+    outs = []
+    for a in range(0, N, step):
+        b = min(a + step, N)
+        lo, hi = max(0, call.offset + a - recent + 1), call.offset + b
+        lo = 0 if lo <= sink else lo
+        far = min(sink, lo)
+        rows = torch.arange(call.offset + a, hi, device=q.device)[:, None]
+        keys = torch.arange(lo, hi, device=q.device)[None]
+        hidden = (keys > rows) | ((rows - keys >= recent) & (keys >= sink))
+
+        def tile(
+            q: Tensor, k: Tensor, v: Tensor, far: int = far, hidden: Tensor = hidden, n: int = b - a
+        ) -> Out:
+            scores = q @ k.transpose(-1, -2)
+            band = scores.view(B, G, H // G, n, -1)[..., far:]
+            band.masked_fill_(hidden, NEG_INF)
+            return _softmax(scores, v, lse)
+
+        near = [t[:, :, lo:hi] if far == 0 else torch.cat((t[:, :, :far], t[:, :, lo:hi]), 2) for t in (k, v)]
+        out = _run(tile, q[:, :, a:b].reshape(B, G, H // G * (b - a), -1), *near)
+        outs.append(_unpack(out, B, H, b - a))
+    return _rows(outs)
+
+
+def _blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Blocks,
+    call: Call,
+    bias: Tensor | None,
+    lse: bool,
+    without: tuple[Pattern, ...],
+) -> Out:
+    """Gather the key blocks of some query blocks, one batched matmul; only blocks at an edge are masked."""
+    B, H, G, N, M = call.shape
+    bq, bk = pattern.block_q, pattern.block_k
+    index = per_head(pattern.index, call).long().expand(B, H, -1, -1)
+    nq, nk = index.shape[2], -(-M // bk)
+    q = _pad(q, nq * bq).reshape(B, H, nq, bq, -1).permute(2, 0, 1, 3, 4).flatten(0, 2)
+    k, v = (_pad(t, nk * bk).reshape(B * G * nk, bk * t.shape[3]) for t in (k, v))
+    D, Dv = k.shape[1] // bk, v.shape[1] // bk
+    # one line per (query block, row, head), neighbours in the sequence side by side so that their lists are alike long
+    lines = index.permute(2, 0, 1, 3).flatten(0, 2)
+    kv_head = torch.arange(B * H, device=q.device) // (H // G) * nk
+    base = kv_head.repeat(nq)
+    first = torch.arange(nq, device=q.device).repeat_interleave(B * H) * bq + call.offset
+    columns = torch.arange(lines.shape[1], device=q.device)
+    used = (lines >= 0).int().mul(columns + 1).amax(1).clamp_min(1).tolist()
+    tiles = _tiles(used, bq * bk)
+    read = torch.tensor([K for a, b, K in tiles for _ in range(a, b)], device=q.device)
+    start = lines * bk
+    edge = (lines < 0) | (start + bk > M) | (start + bk > first[:, None] + 1 if call.causal else False)
+    edge_line, edge_column = (edge & (columns < read[:, None])).nonzero(as_tuple=True)
+    cuts = torch.searchsorted(edge_line, torch.tensor([0] + [b for _, b, _ in tiles], device=q.device)).tolist()
+    outs = []
+    for (a, b, K), lo, hi in zip(tiles, cuts, cuts[1:], strict=False):
+        picked = lines[a:b, :K]
+        line, column = edge_line[lo:hi], edge_column[lo:hi]
+        slots = start[line, column][:, None, None] + torch.arange(bk, device=q.device)
+        rows = first[line][:, None, None] + torch.arange(bq, device=q.device)[:, None]
+        hidden = (slots < 0) | (slots >= M) | ((slots > rows) & call.causal)
+        extra = _extra(picked, a, b, bq, bk, call, bias, without)
+
+        def tile(
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            extra: Tensor | None,
+            at: tuple[Tensor, Tensor] = (line - a, column),
+            hidden: Tensor = hidden,
+            where: Tensor = (base[a:b, None] + picked.clamp_min(0)).flatten(),
+            K: int = K,
+        ) -> Out:
+            keys = k.index_select(0, where).view(-1, K * bk, D)
+            scores = torch.bmm(q, keys.transpose(1, 2))
+            blocks = scores.view(-1, bq, K, bk)
+            blocks[at[0], :, at[1]] = blocks[at[0], :, at[1]].masked_fill(hidden, NEG_INF)
+            if extra is not None:
+                scores = scores + extra
+            return _softmax(scores, v.index_select(0, where).view(-1, K * bk, Dv), lse)
+
+        outs.append(_run(tile, q[a:b], k, v, extra))
+    o = torch.cat([out.o for out in outs]).view(nq, B, H, bq, Dv).permute(1, 2, 0, 3, 4).reshape(B, H, nq * bq, Dv)
+    if not lse:
+        return Out(o[:, :, :N])
+    sums = torch.cat([out.lse for out in outs if out.lse is not None])
+    return Out(o[:, :, :N], sums.view(nq, B, H, bq).permute(1, 2, 0, 3).reshape(B, H, nq * bq)[:, :, :N])
+
+
+def _tiles(used: list[int], entries: int) -> list[tuple[int, int, int]]:
+    """Cut lines into tiles (first, last, blocks read) of at most TILE scores, a multiple of the threads each."""
+    tiles, a, threads = [], 0, torch.get_num_threads()
+    while a < len(used):
+        K, b = used[a], a + 1
+        while b < len(used) and (b + 1 - a) * entries * max(K, used[b]) <= TILE:
+            K, b = max(K, used[b]), b + 1
+        if b < len(used) and b - a > threads:
+            b -= (b - a) % threads
+        tiles.append((a, b, max(used[a:b])))
+        a = b
+    return tiles
+
+
+def _extra(
+    picked: Tensor, a: int, b: int, bq: int, bk: int, call: Call, bias: Tensor | None, without: tuple[Pattern, ...]
+) -> Tensor | None:
+    """What is added to the scores of lines a to b of a block tile: key bias, and -inf for pairs counted elsewhere."""
+    if bias is None and not without:
+        return None
+    B, H, _, N, M = call.shape
+    slots = (picked.clamp_min(0)[..., None] * bk + torch.arange(bk, device=picked.device)).flatten(1).clamp(max=M - 1)
+    lines = torch.arange(a, b, device=picked.device)
+    row, head = lines % (B * H) // H, lines % H
+    extra = slots.new_zeros((), dtype=torch.float32).expand(b - a, bq, slots.shape[1])
+    if bias is not None:
+        extra = bias[row, head].gather(1, slots)[:, None].expand(-1, bq, -1)
+    if without:
+        hidden = torch.stack([_hidden(i, slots[i - a], bq, call, without) for i in range(a, b)])
+        extra = extra.masked_fill(hidden, NEG_INF)
+    return extra
+
+
+def _hidden(line: int, slots: Tensor, bq: int, call: Call, without: tuple[Pattern, ...]) -> Tensor:
+    """Pairs of one block line [bq, S] that other patterns count."""
+    B, H, _, N, _ = call.shape
+    block, head = divmod(line, B * H)
+    row, head = divmod(head, H)
+    one = call.take((head,), (head * call.shape.G // H,))
+    rows = (block * bq + torch.arange(bq, device=slots.device)).clamp(max=N - 1)
+    found = torch.zeros((bq, len(slots)), dtype=torch.bool, device=slots.device)
+    for part in without:
+        mine = part.heads((head,)).member(one, rows, slots[None, None, None]).expand(B, 1, bq, len(slots))
+        found = found | mine[row, 0]
+    return found
+
+
+def _tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Tokens,
+    call: Call,
+    bias: Tensor | None,
+    lse: bool,
+    without: tuple[Pattern, ...],
+) -> Out:
+    """Gather single tokens: once for all rows, or anew for each row."""
+    B, H, G, N, M = call.shape
+    index = per_head(pattern.index, call).long()
+    shared = index.shape[2] == 1
+    index = index.expand(B, H, -1, -1)
+    K = index.shape[3]
+    k, v = k.reshape(B * G * M, -1), v.reshape(B * G * M, -1)
+    base = (torch.arange(B * H, device=q.device) // (H // G) * M).view(B, H, 1, 1)
+    step = max(1, TILE // (B * H * K * (1 if shared else q.shape[3])))
+    block = next((p.block_q for p in without if isinstance(p, Blocks)), 1)
+    step = step if step >= N else max(block, step // block * block)
+    outs = []
+    for a in range(0, N, step):
+        b = min(a + step, N)
+        mine = index if shared else index[:, :, a:b]
+        rows = torch.arange(a, b, device=q.device)
+        hidden = mine < 0
+        if call.causal:
+            hidden = hidden | (mine > rows[:, None] + call.offset)
+        for part in without:
+            hidden = hidden | _found(part, call, rows, mine.clamp_min(0))
+        extra = None
+        if bias is not None:
+            extra = bias.gather(2, mine.clamp_min(0).flatten(2)).view(mine.shape)
+
+        def tile(
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            extra: Tensor | None,
+            where: Tensor = (base + mine.clamp_min(0)).flatten(),
+            rows: int = mine.shape[2],
+            hidden: Tensor = hidden,
+        ) -> Out:
+            keys, values = (t.index_select(0, where).view(B, H, rows, K, -1) for t in (k, v))
+            if shared:
+                scores = q @ keys[:, :, 0].transpose(-1, -2)
+            else:
+                scores = (q[..., None, :] @ keys.transpose(-1, -2)).squeeze(-2)
+            if extra is not None:
+                scores = scores + extra
+            scores = scores.masked_fill(hidden, NEG_INF)
+            if shared:
+                return _softmax(scores, values[:, :, 0], lse)
+            out = _softmax(scores[..., None, :], values, lse)
+            return Out(out.o.squeeze(-2), None if out.lse is None else out.lse.squeeze(-1))
+
+        outs.append(_run(tile, q[:, :, a:b], k, v, extra))
+    return _rows(outs)
+
+
+def _found(part: Pattern, call: Call, rows: Tensor, slots: Tensor) -> Tensor:
+    """part.member for many rows; rows of one query block share the answer, so it is asked once."""
+    if isinstance(part, Blocks) and slots.shape[2] == 1 and rows[0] % part.block_q == 0:
+        found = part.member(call, rows[:: part.block_q], slots)
+        return found.repeat_interleave(part.block_q, dim=2)[:, :, : len(rows)]
+    return part.member(call, rows, slots)
+
+
+def _masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    call: Call,
+    bias: Tensor | None,
+    lse: bool,
+    without: tuple[Pattern, ...],
+) -> Out:
+    """Dense scores under a mask, some rows at a time: right for every pattern and every store."""
+    B, H, G, N, M = call.shape
+    step = N if N <= PACKED else max(1, TILE // (B * H * M))
+    outs = []
+    for a in range(0, N, step):
+        rows = torch.arange(a, min(a + step, N), device=q.device)
+        n = len(rows)
+        hidden = ~pattern.mask(call, rows).to(q.device)
+        for part in without:
+            hidden = hidden | part.mask(call, rows)
+
+        def tile(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, hidden: Tensor = hidden, n: int = n) -> Out:
+            scores = (q @ k.transpose(-1, -2)).view(B, H, n, M)
+            if bias is not None:
+                scores = scores + bias[:, :, None]
+            scores = scores.masked_fill(hidden, NEG_INF)
+            return _softmax(scores.view(B, G, H // G * n, M), v, lse)
+
+        out = _run(tile, q[:, :, a : a + n].reshape(B, G, H // G * n, -1), k, v, bias)
+        outs.append(_unpack(out, B, H, n))
+    return _rows(outs)
+
+
+def _per_head(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: PerHead,
+    call: Call,
+    bias: Tensor | None,
+    lse: bool,
+    without: tuple[Pattern, ...],
+) -> Out:
+    """Each set of heads on its own, put back in order."""
+    share = call.shape.H // call.shape.G
+    outs = []
+    for heads, part in pattern.parts:
+        kv = _kv_heads(heads, share)
+        sub = call.take(heads, kv)
+        mine = (t if len(kv) == call.shape.G else t[:, list(kv)] for t in (k, v))
+        less = tuple(p.heads(heads) for p in without)
+        outs.append(_attend(q[:, list(heads)], *mine, part, sub, None if bias is None else bias[:, list(heads)], lse, less))
+    order = torch.tensor([h for heads, _ in pattern.parts for h in heads], device=q.device).argsort()
+    o = torch.cat([out.o for out in outs], 1).index_select(1, order)
+    if not lse:
+        return Out(o)
+    return Out(o, torch.cat([out.lse for out in outs if out.lse is not None], 1).index_select(1, order))
+
+
+def _kv_heads(heads: tuple[int, ...], share: int) -> tuple[int, ...]:
+    """The kv heads of some query heads: whole groups stay packed, any other choice takes one kv head per query head."""
+    kv = [h // share for h in heads]
+    whole = tuple(dict.fromkeys(kv))
+    if list(heads) == [g * share + i for g in whole for i in range(share)]:
+        return whole
+    return tuple(kv)
+
+
+def _by_size(pattern: Window, call: Call) -> PerHead:
+    """A Window with sizes per head as one Window of ints for each pair of sizes."""
+    H = call.shape.H
+    sizes = [
+        (t.expand(H) if len(t) == 1 else t).tolist() if isinstance(t, Tensor) else [t] * H
+        for t in (pattern.sink, pattern.recent)
+    ]
+    heads: dict[tuple[int, int], list[int]] = {}
+    for h, pair in enumerate(zip(*sizes, strict=True)):
+        heads.setdefault(pair, []).append(h)
+    return PerHead(tuple((tuple(ids), Window(*pair)) for pair, ids in heads.items()))
+
+
+def _softmax(scores: Tensor, v: Tensor, lse: bool) -> Out:
+    """Softmax over the last axis times v; rows of -inf give 0. scores [.., n, L], v [.., L, Dv]."""
+    if torch.is_grad_enabled() and scores.requires_grad:
+        empty = scores.detach().amax(-1, keepdim=True).isneginf()
+        weights = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+        sums = torch.logsumexp(_wide(scores.masked_fill(empty, 0.0)), -1, keepdim=True) if lse else None
+    else:
+        weights = torch.softmax(scores, -1)
+        empty = weights[..., :1].isnan()
+        if bool(empty.any()):
+            # only rows of -inf: a row that is NaN for another reason stays NaN
+            empty = empty & scores.amax(-1, keepdim=True).isneginf()
+            weights = weights.masked_fill(empty, 0.0)
+        # the largest weight is exp(largest score - lse), so two cheap maxima give the lse
+        sums = _wide(scores.amax(-1, keepdim=True)) - _wide(weights.amax(-1, keepdim=True)).log() if lse else None
+    o = weights.to(v.dtype) @ v
+    return Out(o, None if sums is None else sums.masked_fill(empty, NEG_INF).squeeze(-1))
+
+
+def _wide(t: Tensor) -> Tensor:
+    """float32, or float64 if it was."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _run(tile: Callable[..., Out], *tensors: Tensor | None) -> Out:
+    """A tile; in training it is computed again in the backward pass instead of keeping its scores."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return checkpoint(tile, *tensors, use_reentrant=False)  # type: ignore[no-any-return]
+    return tile(*tensors)
+
+
+def _unpack(out: Out, B: int, H: int, n: int) -> Out:
+    """From query heads packed on their kv head, [B, G, H/G*n, .], to [B, H, n, .]."""
+    return Out(out.o.reshape(B, H, n, -1), None if out.lse is None else out.lse.reshape(B, H, n))
+
+
+def _rows(outs: list[Out]) -> Out:
+    """Tiles of rows, one below the other."""
+    if len(outs) == 1:
+        return outs[0]
+    sums = [out.lse for out in outs if out.lse is not None]
+    return Out(torch.cat([out.o for out in outs], 2), torch.cat(sums, 2) if sums else None)
+
+
+def _pad(t: Tensor, length: int) -> Tensor:
+    """Zeros up to a length of the third axis."""
+    return t if t.shape[2] == length else torch.nn.functional.pad(t, (0, 0, 0, length - t.shape[2]))

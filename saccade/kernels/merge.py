@@ -1,0 +1,49 @@
+"""Merge partial attention results over disjoint key sets by their log-sum-exp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Out(NamedTuple):
+    """A result of attention: o [B,H,N,Dv], and lse [B,H,N], the natural log of the softmax denominator, or None."""
+
+    o: Tensor
+    lse: Tensor | None = None
+
+
+def merge(outs: Sequence[Out]) -> Out:
+    """Softmax over a union of disjoint key sets from the results on each.
+
+    Each result weighs exp(lse_i - lse), lse = log sum exp(lse_i). A row that saw no key (lse -inf) weighs nothing; a
+    row that saw none anywhere stays 0. FlashAttention's split over keys, RetrievalAttention, HyperAttention and ring
+    attention all end in this.
+
+    Args:
+        outs: results with o [B,H,N,Dv] and lse [B,H,N].
+
+    Raises:
+        ValueError: no result, or one without its lse.
+
+    Example:
+        >>> a, b = Out(torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1)), Out(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1))
+        >>> merge([a, b]).o
+        tensor([[[[0.5000, 0.5000]]]])
+    """
+    if not outs:
+        raise ValueError("merge: give at least one result")
+    if len(outs) == 1:
+        return outs[0]
+    parts = [out.lse for out in outs if out.lse is not None]
+    if len(parts) != len(outs):
+        raise ValueError("merge: every result needs its lse; call attend(..., lse=True)")
+    lses = torch.stack(parts)
+    lse = torch.logsumexp(lses, 0)
+    weights = torch.exp(lses - torch.where(lse.isneginf(), 0.0, lse))
+    dtype = outs[0].o.dtype
+    o = sum((out.o.to(lse.dtype) * w[..., None] for out, w in zip(outs, weights, strict=True)), torch.zeros(()).to(lse))
+    return Out(o.to(dtype), lse)
