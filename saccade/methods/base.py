@@ -1,10 +1,30 @@
-"""The ladder: what a method is. Implement the lowest rung that your method allows."""
+"""The ladder: what a method is. Implement the lowest rung that your method allows.
+
+Attention.attend                 gives the answer itself             rung 0
+  Selector.select -> Pattern     says where to look                  rung 1, attend is inherited
+    Scorer.score -> block scores says how much each block matters    rung 2, the choice is inherited
+CachePolicy.keep -> slots        says what survives in the cache
+Layer.forward -> Output          has its own weights
+Editor.edit -> weights           changes the attention weights, and pays for the dense map
+
+Methods without weights are frozen dataclasses of hyperparameters: the dataclass is the config, `asdict` is the plan
+entry. State lives in `call.memory` (this layer, as long as the cache) and `call.step` (all layers of one forward).
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from saccade.core.call import Call
+from saccade.core.errors import InputError
+from saccade.core.pattern import Pattern, per_head
+from saccade.kernels.attend import attend
+from saccade.kernels.merge import Out
+from saccade.kernels.topk import top_blocks
 
 
 class Output(NamedTuple):
@@ -15,12 +35,137 @@ class Output(NamedTuple):
     loss: Tensor | None = None
 
 
-class Layer(nn.Module):
+class Method:
+    """What every method says of itself; the contract and `saccade list` read it.
+
+    Class attributes:
+        phases: where it may stand in a plan: "prefill", "decode", "cache" (methods), "layer" (own weights).
+        strictly_causal: outputs never depend on later tokens. False where the choice of indices looks at them.
+        exact: equal to dense attention at full budget.
+        chunked: "exact" when chunked prefill gives the numbers of one shot, else why not, in words.
+        whole_store: needs every token of every layer in the store (no eviction beside it).
+        trained: needs trained weights.
+        paper: short reference.
+    """
+
+    phases: ClassVar[tuple[str, ...]] = ()
+    strictly_causal: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
+    chunked: ClassVar[str] = "exact"
+    whole_store: ClassVar[bool] = False
+    trained: ClassVar[bool] = False
+    paper: ClassVar[str] = ""
+
+
+class Attention(Method):
+    """Rung 0: gives the answer itself."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Out:
+        """q [B,H,N,D], k [B,G,M,D], v [B,G,M,Dv] -> Out(o [B,H,N,Dv], lse [B,H,N] or None)."""
+        raise NotImplementedError(f"{type(self).__name__} must implement attend")
+
+
+class Selector(Attention):
+    """Rung 1: says where to look."""
+
+    def select(self, q: Tensor, k: Tensor, call: Call) -> Pattern:
+        """q [B,H,N,D], k [B,G,M,D] -> the pattern that attention then follows."""
+        raise NotImplementedError(f"{type(self).__name__} must implement select")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Out:
+        call.check(q, k, v, name=type(self).__name__)
+        return attend(q, k, v, self.select(q, k, call), call)
+
+    def estimate(self, call: Call) -> float:
+        """What selection itself costs, in (query, key) pairs scored; added to the density that is reported."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Scorer(Selector):
+    """Rung 2: scores blocks; the top blocks within the budget are chosen here.
+
+    Args:
+        budget: keys that a query block reads: a number of tokens, or a share of the keys when below 1.0.
+        block_q: rows in a query block.
+        block_k: slots in a key block.
+    """
+
+    budget: int | float = 0.1
+    block_q: int = 64
+    block_k: int = 64
+
+    def __post_init__(self) -> None:
+        check_budget(type(self).__name__, self.budget)
+        if self.block_q < 1 or self.block_k < 1:
+            raise InputError(f"{type(self).__name__}: blocks must be >= 1, got {self.block_q} and {self.block_k}")
+
+    def score(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
+        """[B, H, ceil(N/block_q), ceil(M/block_k)]; +inf forces a block in, -inf keeps it out."""
+        raise NotImplementedError(f"{type(self).__name__} must implement score")
+
+    def select(self, q: Tensor, k: Tensor, call: Call) -> Pattern:
+        tokens = budget_tokens(self.budget, call.shape.M)
+        return top_blocks(self.score(q, k, call), -(-tokens // self.block_k), self.block_q, self.block_k, call)
+
+
+class CachePolicy(Method):
+    """Says what survives in the cache. Called after attention, with the queries that were just answered."""
+
+    phases: ClassVar[tuple[str, ...]] = ("cache",)
+
+    def keep(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | None:
+        """Slots that stay [B|1, G|1, K], ascending, or None for all. call.k_pos holds what is stored."""
+        raise NotImplementedError(f"{type(self).__name__} must implement keep")
+
+    def claim(self, seen: int) -> int:
+        """The most slots per head held after `seen` tokens; a test compares it with the bytes in memory."""
+        return seen
+
+
+class Editor(Method):
+    """Changes attention weights. It needs the dense map, N x M per head, and that is what it costs."""
+
+    def edit(self, probs: Tensor, call: Call) -> Tensor:
+        """probs [B,H,N,M] -> weights of the same shape."""
+        raise NotImplementedError(f"{type(self).__name__} must implement edit")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Out:
+        """Dense attention with edited weights. There is no lse: edited weights are no softmax."""
+        call.check(q, k, v, name=type(self).__name__)
+        B, H, G, N, M = call.shape
+        scores = (q * call.softmax_scale(q.shape[3])).reshape(B, G, -1, q.shape[3]) @ k.transpose(-1, -2)
+        q_pos, k_pos = call.positions(q.device)
+        seen = call.sees(q_pos[:, None, :, None], per_head(k_pos, call)[:, :, None, :])
+        probs = torch.softmax(scores.view(B, H, N, M).masked_fill(~seen, float("-inf")).float(), -1)
+        probs = self.edit(probs.masked_fill(~seen, 0.0), call).to(v.dtype)
+        return Out((probs.view(B, G, -1, M) @ v).view(B, H, N, -1))
+
+
+class Layer(nn.Module, Method):
     """A module with its own weights that mixes tokens: x [B,N,C] -> Output(y [B,N,C], state, loss).
 
     `state=None` starts a sequence; passing the returned state on continues it, and any split of a sequence gives the
     same numbers as one call. A loss is returned, never stored on the module.
     """
 
+    phases: ClassVar[tuple[str, ...]] = ("layer",)
+    trained: ClassVar[bool] = True
+
     def forward(self, x: Tensor, state: Any = None) -> Output:
         raise NotImplementedError(f"{type(self).__name__} must implement forward(x, state)")
+
+
+def check_budget(name: str, budget: int | float) -> None:
+    """Budgets are tokens (int >= 1) or a share of the keys (0 < float <= 1)."""
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise InputError(f"{name}: budget must be tokens (int) or a share (float), got {budget!r}")
+    if isinstance(budget, int) and budget < 1:
+        raise InputError(f"{name}: a budget in tokens must be >= 1, got {budget}")
+    if isinstance(budget, float) and not 0.0 < budget <= 1.0:
+        raise InputError(f"{name}: a budget as a share must be in (0, 1], got {budget}; tokens are an int")
+
+
+def budget_tokens(budget: int | float, length: int) -> int:
+    """A budget in tokens, at least 1 and at most the length."""
+    return max(1, min(length, round(budget * length) if isinstance(budget, float) else budget))

@@ -1,4 +1,4 @@
-"""Dense causal softmax attention with rotary positions and grouped key-value heads: the layer others are measured by."""
+"""Dense causal softmax attention with rotary positions and grouped key-value heads: what others are compared with."""
 
 from __future__ import annotations
 

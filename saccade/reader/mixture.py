@@ -191,7 +191,7 @@ class Mixture:
         return pieces
 
     def plant(self, rng: Random, size: int, planted: list[tuple[float, list[Piece]]], tail: list[Piece]) -> list[Piece]:
-        """Book text with pieces at the sentence ends next to their places (0 = start, 1 = end), `size` tokens in all."""
+        """Book text with pieces at the sentence ends next to their places (0 = start, 1 = end): `size` tokens."""
         left = size - sum(len(ids) for ids, _ in tail)
         left -= sum(len(ids) for _, pieces in planted for ids, _ in pieces)
         if left < 0:

@@ -63,7 +63,6 @@ def save(tokenizer, folder: str | Path) -> None:
         "eos_token": "<eos>",
         "pad_token": "<pad>",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 32768,
         "padding_side": "left",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

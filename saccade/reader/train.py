@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -138,7 +138,7 @@ def held_out_loss(model: Transformer, length: int, device: torch.device, windows
             row = torch.tensor([[tokenizer.token_to_id("<bos>"), *window]], device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits = model(row[:, :-1]).y
-            bits += F.cross_entropy(logits.float()[0], row[0, 1:], reduction="sum").item() / np.log(2)
+            bits += F.cross_entropy(logits.float()[0], row[0, 1:], reduction="sum").item() / math.log(2)
             size += len(tokenizer.decode(window).encode())
     return bits / size
 
@@ -185,7 +185,10 @@ def train(
         for optim, state in zip(optims, saved["optims"], strict=True):
             optim.load_state_dict(state)
         print(f"going on after stage {saved['stage']} of {len(stages)}", flush=True)
-    run = partial(token_losses, model)
+
+    def run(rows: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
+        return token_losses(model, rows, tags, weights)
+
     run = torch.compile(run, dynamic=False) if compiled else run
     mixture = Mixture(ids, raw())
     clock = Clock(60 * minutes, saved["seconds"])
@@ -195,14 +198,14 @@ def train(
         finish = clock.total * sum(each.share for each in stages[: number + 1])
         print(f"stage {number + 1}: {stage.length} tokens x {stage.batch}, until {finish:.0f} s", flush=True)
         clock.stop()
-        started, shown, first = time.time(), 0.0, saved["step"]
+        started, shown, first = time.time(), clock.seconds, saved["step"]
         for rows, tags in batches(Stream(mixture, stage, seed), workers, where):
             share = rate(clock.seconds / clock.total, saved["step"])
             for optim in optims:
                 for group in optim.param_groups:
                     group["lr"] = group.setdefault("full_lr", group["lr"]) * share
             with torch.autocast(where.type, torch.bfloat16):
-                loss, losses = run(rows, tags, weights)
+                loss, losses = run(rows, tags)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optim in optims:

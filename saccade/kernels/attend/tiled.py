@@ -22,9 +22,7 @@ PACKED = 16  # up to so many queries, the query heads that share a key head are 
 NEG_INF = float("-inf")
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: Call, bias: Tensor | None, lse: bool
-) -> Out:
+def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: Call, bias: Tensor | None, lse: bool) -> Out:
     """As `saccade.kernels.attend.attend`, on checked arguments."""
     if bias is not None:
         bias = per_head(bias, call).expand(call.shape.B, call.shape.H, -1)
@@ -106,9 +104,7 @@ def _window(q: Tensor, k: Tensor, v: Tensor, pattern: Window, call: Call, lse: b
         keys = torch.arange(lo, hi, device=q.device)[None]
         hidden = (keys > rows) | ((rows - keys >= recent) & (keys >= sink))
 
-        def tile(
-            q: Tensor, k: Tensor, v: Tensor, far: int = far, hidden: Tensor = hidden, n: int = b - a
-        ) -> Out:
+        def tile(q: Tensor, k: Tensor, v: Tensor, far: int = far, hidden: Tensor = hidden, n: int = b - a) -> Out:
             scores = q @ k.transpose(-1, -2)
             band = scores.view(B, G, H // G, n, -1)[..., far:]
             band.masked_fill_(hidden, NEG_INF)
@@ -353,7 +349,9 @@ def _per_head(
         sub = call.take(heads, kv)
         mine = (t if len(kv) == call.shape.G else t[:, list(kv)] for t in (k, v))
         less = tuple(p.heads(heads) for p in without)
-        outs.append(_attend(q[:, list(heads)], *mine, part, sub, None if bias is None else bias[:, list(heads)], lse, less))
+        outs.append(
+            _attend(q[:, list(heads)], *mine, part, sub, None if bias is None else bias[:, list(heads)], lse, less)
+        )
     order = torch.tensor([h for heads, _ in pattern.parts for h in heads], device=q.device).argsort()
     o = torch.cat([out.o for out in outs], 1).index_select(1, order)
     if not lse:

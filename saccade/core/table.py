@@ -1,0 +1,74 @@
+"""The lazy table: method names -> where their classes are. A line per method; nothing is imported until it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import fields
+from typing import Any
+
+from saccade.core.errors import PlanError
+
+METHODS: dict[str, str] = {
+    "dense": "saccade.methods.controls.dense:Dense",
+    "oracle": "saccade.methods.controls.oracle:Oracle",
+    "random": "saccade.methods.controls.random:Random",
+    "pooled": "saccade.methods.select.pooled:Pooled",
+    "streaming": "saccade.methods.select.streaming:Streaming",
+    "trishape": "saccade.methods.select.trishape:TriShape",
+    "minference": "saccade.methods.select.minference:MInference",
+    "tidal": "saccade.methods.decode.tidal:TidalDecode",
+    "duo": "saccade.methods.policy.duo:DuoAttention",
+    "routing": "saccade.methods.sparse.routing:RoutingAttention",
+    "lightning": "saccade.methods.linear.lightning:LightningAttention",
+}
+
+
+def family(name: str) -> str:
+    """The room a method lives in: controls, select, decode, policy, sparse, linear."""
+    return _place(name).split(".")[2]
+
+
+def find(name: str) -> type:
+    """The class of a method.
+
+    Raises:
+        PlanError: no such method; names the nearest.
+    """
+    module, _, attribute = _place(name).partition(":")
+    found: type = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def build(name: str, args: dict[str, Any] | None = None) -> Any:
+    """A method from its name and hyperparameters.
+
+    Raises:
+        PlanError: unknown name or argument (with the nearest one), or a value the method refuses.
+
+    Example:
+        >>> build("streaming", {"recent": 128}).recent
+        128
+    """
+    cls, args = find(name), dict(args or {})
+    known = [f.name for f in fields(cls)] if hasattr(cls, "__dataclass_fields__") else None
+    if known is None:
+        raise PlanError(f"{name}: a layer with its own weights cannot be put into a pretrained model's plan")
+    for key in args:
+        if key not in known:
+            raise PlanError(f"{name}: unknown argument {key!r}{_nearest(key, known)}; it takes {', '.join(known)}")
+    try:
+        return cls(**args)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{name}: {error}") from error
+
+
+def _place(name: str) -> str:
+    if name not in METHODS:
+        raise PlanError(f"unknown method {name!r}{_nearest(name, list(METHODS))}; `saccade list` names all")
+    return METHODS[name]
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
