@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -131,7 +131,7 @@ class Call:
         want = Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
         if self.shape != want:
             raise InputError(
-                f"{name}: the call is for {self.shape}, the tensors are {want}; build it with Call.of(q, k)"
+                f"{name}: the call is for {self.shape}, the tensors are {want}; use Call.of(q, k)"
             )
         if self.q_pos is None and want.N > want.M:
             raise InputError(f"{name}: {want.N} queries but {want.M} keys; give call.q_pos and call.k_pos")
@@ -145,6 +145,19 @@ class Call:
                 raise InputError(f"{name}: k_pos must be [1|{B}, 1|{G}, {M}], got {_s(self.k_pos)}")
             if self.k_pos.shape[1] not in {1, G}:
                 raise InputError(f"{name}: k_pos must be [1|{B}, 1|{G}, {M}], got {_s(self.k_pos)}")
+
+
+def kv_heads(heads: Sequence[int], share: int) -> tuple[int, ...]:
+    """The key heads of some query heads: whole groups stay packed, else each query head takes its own.
+
+    Example:
+        >>> kv_heads((2, 3), share=2), kv_heads((0, 3), share=2)
+        ((1,), (0, 1))
+    """
+    groups = tuple(dict.fromkeys(h // share for h in heads))
+    if list(heads) == [g * share + i for g in groups for i in range(share)]:
+        return groups
+    return tuple(h // share for h in heads)
 
 
 def _s(t: Tensor) -> list[int]:

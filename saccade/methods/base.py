@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from saccade.core.call import Call
 from saccade.core.errors import InputError
-from saccade.core.pattern import Pattern, per_head
+from saccade.core.pattern import Full, Pattern, per_head
 from saccade.kernels.attend import attend
 from saccade.kernels.merge import Out
 from saccade.kernels.topk import top_blocks
@@ -117,6 +117,10 @@ class CachePolicy(Method):
     def keep(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | None:
         """Slots that stay [B|1, G|1, K], ascending, or None for all. call.k_pos holds what is stored."""
         raise NotImplementedError(f"{type(self).__name__} must implement keep")
+
+    def pattern(self, call: Call) -> Pattern:
+        """What queries of these heads see of what is stored, where the plan names no other method for them."""
+        return Full()
 
     def claim(self, seen: int) -> int:
         """The most slots per head held after `seen` tokens; a test compares it with the bytes in memory."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from saccade.core.call import Call
+from saccade.core.call import Call, kv_heads
 from saccade.core.pattern import Blocks, Full, Pattern, PerHead, Tokens, Union, Window, per_head
 from saccade.kernels.merge import Out, merge
 
@@ -345,7 +345,7 @@ def _per_head(
     share = call.shape.H // call.shape.G
     outs = []
     for heads, part in pattern.parts:
-        kv = _kv_heads(heads, share)
+        kv = kv_heads(heads, share)
         sub = call.take(heads, kv)
         mine = (t if len(kv) == call.shape.G else t[:, list(kv)] for t in (k, v))
         less = tuple(p.heads(heads) for p in without)
@@ -357,15 +357,6 @@ def _per_head(
     if not lse:
         return Out(o)
     return Out(o, torch.cat([out.lse for out in outs if out.lse is not None], 1).index_select(1, order))
-
-
-def _kv_heads(heads: tuple[int, ...], share: int) -> tuple[int, ...]:
-    """The kv heads of some query heads: whole groups stay packed, any other choice takes one kv head per query head."""
-    kv = [h // share for h in heads]
-    whole = tuple(dict.fromkeys(kv))
-    if list(heads) == [g * share + i for g in whole for i in range(share)]:
-        return whole
-    return tuple(kv)
 
 
 def _by_size(pattern: Window, call: Call) -> PerHead:

@@ -1,0 +1,1 @@
+"""Selection for decoding, without training."""

@@ -1,0 +1,1 @@
+"""Linear attention and recurrences: layers whose state does not grow with the sequence."""

@@ -1,0 +1,1 @@
+"""Selection for prefill, without training."""

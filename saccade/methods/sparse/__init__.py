@@ -1,0 +1,1 @@
+"""Sparse layers with weights of their own, trained from scratch."""

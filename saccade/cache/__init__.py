@@ -1,0 +1,1 @@
+"""The key-value store: preallocated, grouped by policy, with the position of every slot."""

@@ -1,0 +1,317 @@
+"""The key-value store of one layer: what is kept really is all that is held.
+
+Key heads that share a policy form a group, one rectangular tensor each, so that "half the heads keep 320 tokens" frees
+half the bytes. Rows of a batch are stored without their padding: slot 0 is a row's first real token. Appending is in
+place; room grows by an eighth. Nothing here knows about Hugging Face.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from saccade.core.call import Call
+from saccade.core.errors import InputError
+
+ROOM = 64  # slots added beyond what is needed
+
+
+class Keeper(Protocol):
+    """What the store asks of a policy: `saccade.methods.base.CachePolicy` is one."""
+
+    def keep(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | None:
+        """Slots that stay [B|1, g|1, K], ascending, or None for all."""
+
+
+class View(NamedTuple):
+    """What one group holds for some rows of the batch.
+
+    Shapes: k [B,g,M,D], v [B,g,M,Dv], pos [1|B, 1|g, M] or None where slot = position.
+    """
+
+    heads: tuple[int, ...]
+    rows: slice
+    k: Tensor
+    v: Tensor
+    pos: Tensor | None
+    policy: Keeper | None
+
+
+class Group:
+    """Some key heads of a layer with one policy: tensors with room to grow, and a length per row.
+
+    Args:
+        heads: the key heads' ids in the layer.
+        policy: what survives; None keeps everything.
+    """
+
+    def __init__(self, heads: Sequence[int], policy: Keeper | None = None) -> None:
+        self.heads = tuple(heads)
+        self.policy = policy
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self.pos: Tensor | None = None
+        self.lengths: list[int] = []
+
+    def append(self, k: Tensor, v: Tensor, valid: Tensor | None, seen: Sequence[int]) -> None:
+        """Add tokens k [B,g,n,D], v [B,g,n,Dv] behind what each row holds; `valid` [B,n] leaves out padding."""
+        B, g, n, _ = k.shape
+        if self.k is None or self.v is None:
+            self.lengths = [0] * B
+            self._allocate(B, g, n + ROOM, k, v)
+        added = [n] * B if valid is None else valid.sum(1).tolist()
+        self._reserve(max(length + more for length, more in zip(self.lengths, added, strict=True)))
+        assert self.k is not None and self.v is not None
+        if valid is None and len(set(self.lengths)) == 1:
+            at = self.lengths[0]
+            self.k[:, :, at : at + n], self.v[:, :, at : at + n] = k, v
+        else:
+            for row, more in enumerate(added):
+                real = slice(None) if valid is None else valid[row]
+                at = self.lengths[row]
+                self.k[row, :, at : at + more] = k[row][:, real]
+                self.v[row, :, at : at + more] = v[row][:, real]
+        if self.pos is not None:
+            for row, more in enumerate(added):
+                at = self.lengths[row]
+                self.pos[row, :, at : at + more] = torch.arange(seen[row], seen[row] + more, device=k.device)
+        self.lengths = [length + more for length, more in zip(self.lengths, added, strict=True)]
+
+    def view(self, rows: slice) -> View:
+        """What these rows hold; they must be of equal length."""
+        assert self.k is not None and self.v is not None
+        M = self.lengths[rows][0]
+        pos = None if self.pos is None else self.pos[rows, :, :M]
+        return View(self.heads, rows, self.k[rows, :, :M], self.v[rows, :, :M], pos, self.policy)
+
+    def keep(self, rows: slice, slots: Tensor) -> None:
+        """Keep these slots [b|1, g|1, K] of the rows and forget the rest."""
+        assert self.k is not None and self.v is not None
+        B, g, room, _ = self.k.shape
+        if self.pos is None:
+            self.pos = torch.arange(room, dtype=torch.int32, device=self.k.device).expand(B, g, room).contiguous()
+        b = len(range(*rows.indices(B)))
+        K = slots.shape[2]
+        slots = slots.long().expand(b, g, K)
+        kept = []
+        for name in ("k", "v"):
+            t = getattr(self, name)[rows]
+            kept.append(t.gather(2, slots[..., None].expand(-1, -1, -1, t.shape[3])))
+        pos = self.pos[rows].gather(2, slots)
+        for row in range(*rows.indices(B)):
+            self.lengths[row] = K
+        most = max(self.lengths)
+        if room > most + 4 * ROOM and room > 2 * most:
+            # give the bytes back: a smaller tensor, not a shorter view
+            old = self.k, self.v, self.pos
+            self.k, self.v = (t.new_empty(B, g, most + ROOM, t.shape[3]) for t in old[:2])
+            self.pos = old[2].new_full((B, g, most + ROOM), -1)
+            for new, t in zip((self.k, self.v, self.pos), old, strict=True):
+                new[:, :, :most] = t[:, :, :most]
+        self.k[rows, :, :K], self.v[rows, :, :K], self.pos[rows, :, :K] = kept[0], kept[1], pos
+
+    def crop(self, removed: Sequence[int], seen: Sequence[int]) -> None:
+        """Forget the last tokens of each row; `seen` is how many real tokens each row has then."""
+        for row, count in enumerate(removed):
+            if self.pos is None:
+                self.lengths[row] -= count
+            elif self.lengths[row]:
+                # positions ascend within a row and all heads of a group keep equally many, but not the same ones
+                alive = (self.pos[row, :, : self.lengths[row]] < seen[row]).sum(-1)
+                if int(alive.min()) != int(alive.max()):
+                    raise InputError("crop: the heads of an evicting cache disagree on how many recent tokens they hold")
+                self.lengths[row] = int(alive[0])
+
+    def select(self, index: Tensor) -> None:
+        """Rows index [B'] of the batch become the batch (beams, repeats, selections)."""
+        if self.k is None or self.v is None:
+            return
+        index = index.to(self.k.device)
+        self.k, self.v = self.k.index_select(0, index), self.v.index_select(0, index)
+        self.pos = None if self.pos is None else self.pos.index_select(0, index)
+        self.lengths = [self.lengths[i] for i in index.tolist()]
+
+    def bytes(self) -> int:
+        """Bytes in memory, room to grow included."""
+        return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.pos) if t is not None)
+
+    def _allocate(self, B: int, g: int, room: int, k: Tensor, v: Tensor) -> None:
+        self.k, self.v = k.new_empty(B, g, room, k.shape[3]), v.new_empty(B, g, room, v.shape[3])
+
+    def _reserve(self, needed: int) -> None:
+        assert self.k is not None and self.v is not None
+        B, g, room, _ = self.k.shape
+        if needed <= room:
+            return
+        room, used = needed + needed // 8 + ROOM, max(self.lengths)
+        old = self.k, self.v, self.pos
+        self._allocate(B, g, room, self.k, self.v)
+        self.k[:, :, :used], self.v[:, :, :used] = old[0][:, :, :used], old[1][:, :, :used]
+        if old[2] is not None:
+            self.pos = old[2].new_full((B, g, room), -1)
+            self.pos[:, :, :used] = old[2][:, :, :used]
+
+
+class Store:
+    """The keys and values of one layer, and its methods' memory.
+
+    Args:
+        policies: (key heads, policy) pairs; heads named in none keep everything.
+        kv_heads: key heads in the layer.
+
+    Example:
+        >>> store = Store([], kv_heads=2)
+        >>> store.append(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4))
+        >>> store.seen, store.views()[0].k.shape
+        ([5], torch.Size([1, 2, 5, 4]))
+    """
+
+    def __init__(self, policies: Sequence[tuple[Sequence[int], Keeper]], kv_heads: int) -> None:
+        self.kv_heads = kv_heads
+        self.policies = [(tuple(heads), policy) for heads, policy in policies]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; the bytes are given back."""
+        named = {h for heads, _ in self.policies for h in heads}
+        rest = [h for h in range(self.kv_heads) if h not in named]
+        self.groups = [Group(rest)] if rest else []
+        self.groups += [Group(heads, policy) for heads, policy in self.policies]
+        self.seen: list[int] = []  # real tokens per row
+        self.total = 0  # tokens per row, padding included
+        self.valid: Tensor | None = None  # [B, total], None while nothing was padding
+        self.memory: list[dict[str, Any]] = []  # one for the whole batch, or one per row once rows differ in length
+        self._asked: list[Tensor] | None = None  # queries of a short call, whose eviction waits for a crop
+
+    def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
+        """Add tokens k [B,G,n,D], v [B,G,n,Dv]; valid [B,n] is False where a row is padded.
+
+        Raises:
+            InputError: another batch size or number of heads than before, or a row that is padding from end to end.
+        """
+        B, G, n, _ = k.shape
+        if self.kv_heads != G:
+            raise InputError(f"store: {G} key heads were given, the store has {self.kv_heads}")
+        if self.seen and len(self.seen) != B:
+            raise InputError(f"store: a batch of {B} rows was given, the store holds {len(self.seen)}; reset() it")
+        self.settle()
+        valid = None if valid is None or bool(valid.all()) else valid
+        if not self.seen:
+            self.seen, self.memory = [0] * B, [{}]
+        if valid is not None or self.valid is not None:
+            past = torch.ones(B, self.total, dtype=torch.bool, device=k.device) if self.valid is None else self.valid
+            here = torch.ones(B, n, dtype=torch.bool, device=k.device) if valid is None else valid
+            self.valid = torch.cat((past, here), 1)
+        for group in self.groups:
+            heads = k.new_tensor(group.heads, dtype=torch.long)
+            whole = len(group.heads) == G
+            group.append(*(t if whole else t.index_select(1, heads) for t in (k, v)), valid, self.seen)
+        added = [n] * B if valid is None else valid.sum(1).tolist()
+        self.seen = [a + b for a, b in zip(self.seen, added, strict=True)]
+        self.total += n
+        if min(self.seen) == 0:
+            raise InputError(f"store: batch row {self.seen.index(0)} is padding from end to end; drop it")
+        if len(set(self.seen)) > 1 and len(self.memory) == 1 and B > 1:
+            self.memory = [_rows_of(self.memory[0], torch.tensor([row])) for row in range(B)]
+
+    def row_sets(self) -> list[slice]:
+        """Slices of the batch whose rows are of equal length: one of all rows, or one for each row."""
+        if len(self.memory) == 1:
+            return [slice(0, len(self.seen))]
+        return [slice(row, row + 1) for row in range(len(self.seen))]
+
+    def views(self, rows: slice | None = None) -> list[View]:
+        """What each group holds for a set of rows."""
+        return [group.view(self.row_sets()[0] if rows is None else rows) for group in self.groups]
+
+    def memory_of(self, rows: slice) -> dict[str, Any]:
+        """The methods' memory for a set of rows."""
+        return self.memory[0] if len(self.memory) == 1 else self.memory[rows.start]
+
+    def asked(self, q: list[Tensor], now: bool) -> None:
+        """The queries that were just answered, one tensor [b,H,n,D] for each row set; policies may now evict.
+
+        After a prefill (`now`) they evict at once, so that bytes are freed layer by layer. After a step they wait for
+        the next call, so that a crop in between (rejected draft tokens) takes nothing away that should have stayed.
+        """
+        if any(group.policy is not None for group in self.groups):
+            self._asked = q
+            if now:
+                self.settle()
+
+    def settle(self) -> None:
+        """Let the policies evict what the last call no longer needs."""
+        if self._asked is None:
+            return
+        queries, self._asked = self._asked, None
+        for rows, q in zip(self.row_sets(), queries, strict=True):
+            for group in self.groups:
+                if group.policy is None:
+                    continue
+                view = group.view(rows)
+                share = q.shape[1] // self.kv_heads
+                heads = [h * share + i for h in group.heads for i in range(share)]
+                call = call_for(q[:, heads], view, self.seen[rows.start], tuple(heads), memory=self.memory_of(rows))
+                slots = group.policy.keep(q[:, heads], view.k, view.v, call)
+                if slots is not None and slots.shape[2] < view.k.shape[2]:
+                    group.keep(rows, slots)
+
+    def crop(self, count: int) -> None:
+        """Forget the last `count` tokens of every row (padding counts as a token, as transformers counts it)."""
+        if count <= 0 or not self.seen:
+            return
+        if count > self.total:
+            raise InputError(f"crop: {count} tokens to remove, {self.total} are held")
+        removed = [count] * len(self.seen) if self.valid is None else self.valid[:, -count:].sum(1).tolist()
+        self.total -= count
+        self.valid = None if self.valid is None else self.valid[:, : self.total]
+        self.seen = [a - b for a, b in zip(self.seen, removed, strict=True)]
+        for group in self.groups:
+            group.crop(removed, self.seen)
+        if self._asked is not None:
+            left = [q[:, :, : q.shape[2] - removed[rows.start]] for rows, q in zip(self.row_sets(), self._asked, strict=True)]
+            self._asked = left if all(q.shape[2] for q in left) else None
+
+    def select(self, index: Tensor) -> None:
+        """Rows index [B'] of the batch become the batch: beam reordering, repeats, selections."""
+        if not self.seen:
+            return
+        at = index.tolist()
+        for group in self.groups:
+            group.select(index)
+        if len(self.memory) == 1:
+            self.memory = [_rows_of(self.memory[0], index)]
+            self._asked = None if self._asked is None else [self._asked[0].index_select(0, index.to(self._asked[0].device))]
+        else:
+            self.memory = [_rows_of(self.memory[i], torch.tensor([0])) for i in at]
+            self._asked = None if self._asked is None else [self._asked[i] for i in at]
+        self.seen = [self.seen[i] for i in at]
+        self.valid = None if self.valid is None else self.valid.index_select(0, index.to(self.valid.device))
+
+    def bytes(self) -> int:
+        """Bytes of keys, values and positions in memory, room to grow included."""
+        return sum(group.bytes() for group in self.groups)
+
+
+def call_for(q: Tensor, view: View, seen: int, heads: tuple[int, ...], **fields: Any) -> Call:
+    """The call of queries at the end of what a view holds, after `seen` real tokens."""
+    if view.pos is None:
+        return Call.of(q, view.k, heads=heads, **fields)
+    q_pos = torch.arange(seen - q.shape[2], seen, device=q.device)[None]
+    return Call.of(q, view.k, heads=heads, q_pos=q_pos, k_pos=view.pos, **fields)
+
+
+def _rows_of(memory: dict[str, Any], index: Tensor) -> dict[str, Any]:
+    """The memory of some rows: its tensors are batch-first, its dicts are searched, anything else is shared."""
+    picked = {}
+    for key, value in memory.items():
+        if isinstance(value, Tensor) and value.ndim:
+            picked[key] = value.index_select(0, index.to(value.device))
+        elif isinstance(value, dict):
+            picked[key] = _rows_of(value, index)
+        else:
+            picked[key] = value
+    return picked

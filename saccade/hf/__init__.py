@@ -1,0 +1,1 @@
+"""Plug into Hugging Face transformers through its public hooks: attach, cache, mask, doctor."""

@@ -1,0 +1,354 @@
+"""attach: run a plan on a Hugging Face decoder, through public hooks, and leave the model as it was."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from saccade.cache.store import Store, call_for
+from saccade.core.call import Call
+from saccade.core.errors import InputError, PlanError, UnsupportedError
+from saccade.core.plan import ModelShape, Plan
+from saccade.hf.cache import SaccadeCache, StoreLayer
+from saccade.methods.apply import Roles, Seen, apply, phase_of
+
+NAME = "saccade"
+_sessions: weakref.WeakKeyDictionary[torch.nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+class Session:
+    """A plan at work on a model, from `attach` to `detach` (or the end of a `with` block).
+
+    Attributes:
+        plan: the plan.
+        calls: attention calls served per layer since the start.
+        watch: None, or a callable that is given every `Seen` (what was looked at, where): for measuring.
+    """
+
+    def __init__(self, model: torch.nn.Module, plan: Plan) -> None:
+        self.model, self.plan = model, plan
+        self.watch: Callable[[Seen], None] | None = None
+        self.modules = _attention_modules(model)
+        self.calls = dict.fromkeys(self.modules, 0)
+        self.trained_length = getattr(_text_config(model), "max_position_embeddings", None)
+        # the cache transformers would build knows best which layers are more than plain causal attention
+        own = DynamicCache(config=_text_config(model)).layers
+        self._left_alone = {at for at, layer in enumerate(own) if type(layer) is not DynamicLayer}
+        self._now: dict[int, tuple[Any, Tensor | None]] = {}
+        self._steps: dict[int, dict[str, Any]] = {}
+        self._memory: weakref.WeakKeyDictionary[Any, dict[int, Any]] = weakref.WeakKeyDictionary()
+        self._roles = [Roles.of(plan, layer) for layer in range(plan.model.layers)]
+        self._ruled = [any(assign.rules for assign in row) for row in plan.layers]
+        self._hooks: list[Any] = []
+        self._before: Any = None
+        self._check()
+        self._start()
+
+    def cache(self, length: int = 0) -> SaccadeCache:
+        """A new, empty cache that follows the plan's policies: pass it to `generate(past_key_values=...)`.
+
+        Args:
+            length: tokens expected; only plans with length rules in their cache phase look at it.
+        """
+        stores = {}
+        for layer in self.modules:
+            if self.serves(layer):
+                roles = Roles.of(self.plan, layer, length) if self._ruled[layer] else self._roles[layer]
+                stores[layer] = Store(roles.cache, self.plan.model.kv_heads)
+        return SaccadeCache(_text_config(self.model), stores)
+
+    def detach(self) -> None:
+        """Give the model back as it was: its attention implementation, no hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        for module in self.modules.values():
+            _sessions.pop(module, None)
+        if self._hooks:
+            _set_implementation(self.model, self._before)
+        self._hooks = []
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+    def served(self) -> list[int]:
+        """The layers whose attention the plan serves; the others (sliding windows) keep their own."""
+        return [layer for layer in self.modules if self.serves(layer)]
+
+    def serves(self, layer: int) -> bool:
+        """Does the plan serve this layer? Sliding windows and recurrent layers keep their own attention."""
+        return layer not in self._left_alone
+
+    def _check(self) -> None:
+        self.plan.check_model(self.model)
+        config = _text_config(self.model)
+        for module in self.modules.values():
+            if module in _sessions:
+                raise InputError("attach: this model already has a plan; detach() that session first")
+        if not self.modules:
+            raise UnsupportedError(
+                f"attach: {type(self.model).__name__} has no attention modules with a layer_idx that go through "
+                "transformers' attention interface"
+            )
+        for name in ("attn_logit_softcapping",):
+            if getattr(config, name, None) is not None:
+                raise UnsupportedError(
+                    f"attach: {type(self.model).__name__} caps its attention logits ({name}="
+                    f"{getattr(config, name)}), which no method here honours; nothing was changed"
+                )
+        whole = [m for roles in self._roles for _, m in (*roles.prefill, *roles.decode) if m.whole_store]
+        if whole and any(roles.cache for roles in self._roles):
+            raise PlanError(f"{type(whole[0]).__name__} needs every token in the cache, but the plan also evicts")
+
+    def _start(self) -> None:
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, _mask)
+        self._before = _implementation(self.model)
+        _set_implementation(self.model, NAME)
+        for layer, module in self.modules.items():
+            _sessions[module] = self
+            self._hooks.append(module.register_forward_pre_hook(self._before_layer(layer), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._after_layer(layer)))
+
+    def _before_layer(self, layer: int) -> Callable[..., None]:
+        first = min(self.modules)
+
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if layer == first:
+                self._steps = {}
+            x = kwargs.get("hidden_states", args[0] if args else None)
+            self._now[layer] = (kwargs.get("past_key_values"), x)
+
+        return hook
+
+    def _after_layer(self, layer: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            # a kept reference would keep the cache alive
+            self._now.pop(layer, None)
+
+        return hook
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        """One layer's attention [B,H,N,Dv]; k and v are the new tokens (our cache) or all of them (any other)."""
+        cache, x = self._now.get(layer, (None, None))
+        own = cache.layers[layer] if cache is not None and layer < len(cache.layers) else None
+        valid = None if mask is None else mask[:, 0, 0, :].bool()
+        self.calls[layer] += 1
+        if isinstance(own, StoreLayer):
+            return self._with_store(layer, own, q, k, v, valid, x, scale)
+        if self._roles[layer].cache:
+            raise InputError(
+                "this plan has cache policies: pass past_key_values=session.cache() to generate() or to the model"
+            )
+        M = k.shape[2] if cache is None else min(k.shape[2], cache.get_seq_length(layer) or k.shape[2])
+        memories = {} if cache is None else self._memory.setdefault(cache, {})
+        memory = memories.setdefault(layer, {})
+        return self._with_tensors(layer, q, k[:, :, :M], v[:, :, :M], valid, x, scale, memory)
+
+    def _with_store(
+        self,
+        layer: int,
+        own: StoreLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        x: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        N, past = q.shape[2], own.store.total
+        valid = None if valid is None else valid[:, -N:]
+        store = own.take(k, v, valid)
+        whole = valid is None or bool(valid.all())
+        phase = phase_of(N, past)
+        methods = self._methods(layer, phase, max(store.seen))
+        share = q.shape[1] // k.shape[1]
+        out = q.new_zeros((*q.shape[:3], v.shape[3]))
+        asked = []
+        for rows in store.row_sets():
+            real = slice(None) if whole or valid is None else valid[rows.start]
+            mine = q[rows][:, :, real]
+            asked.append(mine)
+            if mine.shape[2] == 0:
+                continue
+            step = self._steps.setdefault(rows.start, {})
+            fields = dict(layer=layer, scale=scale, step=step, memory=store.memory_of(rows))
+            if x is not None:
+                fields["x"] = x[rows][:, real]
+            for view in store.views(rows):
+                heads = tuple(h * share + i for h in view.heads for i in range(share))
+                all_heads = len(heads) == q.shape[1]
+                q_part = mine if all_heads else mine[:, list(heads)]
+                call = call_for(q_part, view, store.seen[rows.start], heads, **fields)
+                o = apply(q_part, view.k, view.v, call, methods, view.policy, self.watch)
+                if all_heads and whole and rows.stop - rows.start == len(out):
+                    out = o
+                else:
+                    at = torch.arange(N, device=q.device)[real]
+                    for i, h in enumerate(heads):
+                        out[rows, h, at] = o[:, i]
+        store.asked(asked, now=phase == "prefill")
+        return out
+
+    def _with_tensors(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        x: Tensor | None,
+        scale: float | None,
+        memory: dict[Any, Any],
+    ) -> Tensor:
+        """Attention over a cache that is not ours: rows with padding go one by one, without it."""
+        B, N, M = q.shape[0], q.shape[2], k.shape[2]
+        methods = self._methods(layer, phase_of(N, M - N), M)
+        valid = None if valid is None or bool(valid[:, :M].all()) else valid[:, :M]
+        if valid is None:
+            call = Call.of(q, k, layer=layer, scale=scale, x=x, memory=memory, step=self._steps.setdefault(0, {}))
+            return apply(q, k, v, call, methods, None, self.watch)
+        outs = []
+        for row in range(B):
+            keys, real = valid[row], valid[row, M - N :]
+            out = q.new_zeros((1, q.shape[1], N, v.shape[3]))
+            if bool(real.any()):
+                part = [t[row : row + 1][:, :, keys] for t in (k, v)]
+                mine = q[row : row + 1][:, :, real]
+                fields = dict(memory=memory.setdefault(row, {}), step=self._steps.setdefault(row, {}))
+                here = None if x is None else x[row : row + 1][:, real]
+                call = Call.of(mine, part[0], layer=layer, scale=scale, x=here, **fields)
+                out[:, :, real] = apply(mine, *part, call, methods, None, self.watch)
+            outs.append(out)
+        return torch.cat(outs)
+
+    def _methods(self, layer: int, phase: str, length: int) -> Any:
+        roles = Roles.of(self.plan, layer, length) if self._ruled[layer] else self._roles[layer]
+        return roles.prefill if phase == "prefill" else roles.decode
+
+
+def attach(model: torch.nn.Module, plan: Plan) -> Session:
+    """Run a plan on a Hugging Face decoder.
+
+    Registers an attention function and a mask function under the name "saccade", switches the model to them, and
+    hooks its attention modules to learn cache and layer input. Layers with a sliding window keep their own attention.
+
+    Args:
+        model: a causal language model of transformers (Llama, Qwen, Mistral, Gemma 3, Phi, ... ).
+        plan: a Plan for this model's layers and heads.
+
+    Returns:
+        A Session; use it as a context manager, or call `detach()`. `session.cache()` makes the cache to generate with.
+
+    Raises:
+        PlanError: the plan is for another model, or its parts contradict each other.
+        UnsupportedError: the model does not use transformers' attention interface, or caps its logits.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+        >>> model = LlamaForCausalLM(LlamaConfig(**tiny)).eval()
+        >>> with attach(model, Plan.uniform(model, prefill="streaming")) as session:
+        ...     out = model(torch.arange(8)[None], past_key_values=session.cache())
+        >>> out.logits.shape
+        torch.Size([1, 8, 64])
+    """
+    return Session(model, plan)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: q [B,H,N,D], k and v [B,G,M,D] -> o [B,N,H,Dv]."""
+    session = _sessions.get(module)
+    if session is None:
+        raise UnsupportedError("attention 'saccade' was asked for on a model without a plan: attach(model, plan) first")
+    custom = attention_mask is not None and attention_mask.shape[-2] > 1
+    if not session.serves(module.layer_idx) or (custom and not isinstance(_own(session, module), StoreLayer)):
+        dense: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return dense(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if custom:
+        raise UnsupportedError("this call has a mask that is more than causality and padding; use transformers' own cache")
+    for name in ("s_aux", "softcap", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(f"layer {module.layer_idx} passes {name}, which no method here honours; detach first")
+    if dropout:
+        raise UnsupportedError(f"attention dropout ({dropout}) is not served; set attention_dropout to 0 or model.eval()")
+    out = session.attend(module.layer_idx, query, key, value, attention_mask, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of one layer type: which keys are real, [B,1,1,M], or None. Anything beyond causality goes to sdpa."""
+    if local_size is not None or mask_function is not causal_mask_function:
+        return sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            **kwargs,
+        )
+    if attention_mask is None:
+        return None
+    real = attention_mask[:, :kv_length].bool()
+    if real.shape[1] < kv_length:
+        real = torch.nn.functional.pad(real, (0, kv_length - real.shape[1]))
+    return real[:, None, None, :]
+
+
+def _own(session: Session, module: torch.nn.Module) -> Any:
+    cache, _ = session._now.get(module.layer_idx, (None, None))
+    layers = getattr(cache, "layers", [])
+    return layers[module.layer_idx] if module.layer_idx < len(layers) else None
+
+
+def _attention_modules(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
+    """The decoder's attention modules by layer: they have a layer_idx and a scale of their own."""
+    found: dict[int, torch.nn.Module] = {}
+    for module in model.modules():
+        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "scaling"):
+            found[module.layer_idx] = module
+    return found
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def _implementation(model: Any) -> Any:
+    return _text_config(model)._attn_implementation
+
+
+def _set_implementation(model: Any, name: str) -> None:
+    nested = _text_config(model) is not model.config
+    model.set_attn_implementation({"text_config": name} if nested else name)
+    if _implementation(model) != name:
+        raise UnsupportedError(f"attach: {type(model).__name__} does not take an attention implementation of its own")

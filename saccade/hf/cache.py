@@ -1,0 +1,128 @@
+"""The store as a transformers Cache: what `model.generate(past_key_values=session.cache())` takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from saccade.cache.store import Store
+from saccade.core.errors import UnsupportedError
+
+
+class StoreLayer(CacheLayerMixin):
+    """One layer of the cache: counts tokens for transformers, keeps them in a Store for attention.
+
+    `update` hands the new keys and values straight back; the attention function stores them, because only it knows
+    which rows are padded. Lengths are tokens seen, not tokens kept: that is what positions come from.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self.store = store
+        self.waiting = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.waiting:
+            raise UnsupportedError("this cache belongs to an attached model: attach(model, plan) first, then use it")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.waiting = True
+        return key_states, value_states
+
+    def take(self, key_states: Tensor, value_states: Tensor, valid: Tensor | None) -> Store:
+        """Store what `update` announced; called by the attention function."""
+        self.waiting = False
+        self.store.append(key_states, value_states, valid)
+        return self.store
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.store.total
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.store.total + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    # the name before transformers 5.23
+    get_max_cache_shape = get_max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        self.store.crop(-tokens_to_remove)
+
+    def reset(self) -> None:
+        self.waiting = False
+        self.store.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.store.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.store.select(torch.arange(len(self.store.seen)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        rows = torch.arange(len(self.store.seen))
+        self.store.select(rows[indices.cpu()])
+
+    def offload(self) -> None:
+        raise UnsupportedError("offloading this cache is not part of this version")
+
+    prefetch = offload
+
+
+class SaccadeCache(Cache):
+    """A cache that holds what the plan's policies keep, preallocated and appended in place.
+
+    Made by `session.cache()`. It does all that transformers asks of a cache (crop, reorder, repeat, select, reset).
+    Layers that the plan does not serve (sliding windows, recurrent layers) keep transformers' own cache layers.
+
+    Example:
+        session.cache().bytes() -> 0
+    """
+
+    def __init__(self, config: Any, stores: dict[int, Store]) -> None:
+        layers = list(DynamicCache(config=config).layers)
+        while len(layers) < 1 + max(stores, default=-1):
+            layers.append(None)
+        for at, store in stores.items():
+            layers[at] = StoreLayer(store)
+        super().__init__(layers=layers)
+
+    def bytes(self) -> int:
+        """Bytes of keys, values and positions in memory, in all layers, room to grow included."""
+        total = 0
+        for layer in self.layers:
+            if isinstance(layer, StoreLayer):
+                total += layer.store.bytes()
+            else:
+                total += cache_bytes(layer)
+        return total
+
+    def materialize(self, layer: int, kv_head: int, row: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys [n,D], values [n,Dv] and positions [n] that one key head holds for one row of the batch."""
+        store = self.layers[layer].store
+        for group in store.groups:
+            if kv_head in group.heads:
+                view, at = group.view(slice(row, row + 1)), group.heads.index(kv_head)
+                pos = torch.arange(view.k.shape[2]) if view.pos is None else view.pos[0, min(at, view.pos.shape[1] - 1)]
+                return view.k[0, at], view.v[0, at], pos
+        raise IndexError(f"no key head {kv_head} in layer {layer}")
+
+
+def cache_bytes(layer: Any) -> int:
+    """Bytes of a transformers cache layer's own tensors."""
+    held = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))

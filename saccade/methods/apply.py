@@ -1,0 +1,117 @@
+"""Run one layer's part of a plan: each head's method selects, and one call of attend answers for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.core.call import Call, kv_heads
+from saccade.core.pattern import Full, Pattern, PerHead
+from saccade.core.plan import Plan
+from saccade.kernels.attend import attend
+from saccade.methods.base import Attention, CachePolicy, Selector
+
+PACKED = 16  # a call with a past and at most so many queries is decoding (a token, or a draft to verify)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The methods of one layer: (heads, method) pairs per phase; heads None means all."""
+
+    prefill: tuple[tuple[tuple[int, ...] | None, Attention], ...] = ()
+    decode: tuple[tuple[tuple[int, ...] | None, Attention], ...] = ()
+    cache: tuple[tuple[tuple[int, ...], CachePolicy], ...] = ()
+
+    @classmethod
+    def of(cls, plan: Plan, layer: int, length: int = 0) -> Roles:
+        """Build one layer's methods for a length (length rules are worked out here)."""
+
+        def phase(name: str) -> tuple[Any, ...]:
+            every = range(plan.model.kv_heads)
+            pairs = [(assign.heads, assign.build(length)) for assign in plan.phase(layer, name)]
+            return tuple((tuple(every) if name == "cache" and heads is None else heads, m) for heads, m in pairs)
+
+        return cls(phase("prefill"), phase("decode"), phase("cache"))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one attend of one layer looked at, for whoever watches: see `apply`."""
+
+    call: Call
+    q: Tensor
+    k: Tensor
+    pattern: Pattern | None
+    estimate: float
+    methods: tuple[str, ...]
+
+
+def phase_of(queries: int, past: int) -> str:
+    """"decode" for up to 16 queries with a past, else "prefill"."""
+    return "decode" if past > 0 and queries <= PACKED else "prefill"
+
+
+def apply(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: Call,
+    methods: Sequence[tuple[tuple[int, ...] | None, Attention]],
+    policy: CachePolicy | None = None,
+    watch: Callable[[Seen], None] | None = None,
+) -> Tensor:
+    """Attention of some heads under the methods that a plan gives them.
+
+    Args:
+        q, k, v: queries [B,H,N,D] and what is stored for them [B,G,M,D], [B,G,M,Dv].
+        call: the call; `call.heads` are the global ids of these heads.
+        methods: (global head ids or None, method) pairs of this layer and phase; other heads may be named.
+        policy: the cache policy of these heads; it says what heads without a method see.
+        watch: called with what was done, for measuring.
+
+    Returns:
+        o [B,H,N,Dv].
+    """
+    H, share = call.shape.H, call.shape.H // call.shape.G
+    ids = call.heads if call.heads is not None else tuple(range(H))
+    default = policy.pattern(call) if policy is not None else Full()
+    left = set(range(H))
+    patterns: list[tuple[tuple[int, ...], Pattern]] = []
+    answers: list[tuple[tuple[int, ...], Tensor]] = []
+    estimate, names = 0.0, []
+    for heads, method in methods:
+        local = tuple(i for i in range(H) if heads is None or ids[i] in heads)
+        if not local:
+            continue
+        left -= set(local)
+        names.append(type(method).__name__)
+        mine, keys, values, sub = q, k, v, call
+        if len(local) < H:
+            kv = kv_heads(local, share)
+            mine, sub = q[:, list(local)], call.take(local, kv)
+            keys, values = (t if len(kv) == call.shape.G else t[:, list(kv)] for t in (k, v))
+        if isinstance(method, Selector):
+            patterns.append((local, method.select(mine, keys, sub)))
+            estimate += method.estimate(sub)
+        else:
+            answers.append((local, method.attend(mine, keys, values, sub).o))
+    if left:
+        patterns.append((tuple(sorted(left)), default.heads(sorted(left))))
+    if not answers:
+        pattern = patterns[0][1] if len(patterns) == 1 else PerHead(tuple(patterns))
+        out = attend(q, k, v, pattern, call, lse=False).o
+        if watch is not None:
+            watch(Seen(call, q, k, pattern, estimate, tuple(names)))
+        return out
+    for local, pattern in patterns:
+        kv = kv_heads(local, share)
+        sub = call.take(local, kv)
+        answers.append((local, attend(q[:, list(local)], k[:, list(kv)], v[:, list(kv)], pattern, sub, lse=False).o))
+    if watch is not None:
+        watch(Seen(call, q, k, None, estimate, tuple(names)))
+    order = torch.tensor([i for local, _ in answers for i in local], device=q.device).argsort()
+    return torch.cat([o for _, o in answers], 1).index_select(1, order)

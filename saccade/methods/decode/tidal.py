@@ -1,0 +1,98 @@
+"""TidalDecode: pick tokens in two layers, reuse them in all the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saccade.core.call import Call
+from saccade.core.errors import InputError
+from saccade.core.pattern import Full, Pattern, Tokens, per_head
+from saccade.kernels.topk import top_tokens
+from saccade.methods.base import Selector, budget_tokens, check_budget
+
+
+@dataclass(frozen=True)
+class TidalDecode(Selector):
+    """Position-persistent sparse attention for decoding (Yang et al. 2024, arXiv 2410.05076,
+    github.com/DerrickYLJ/TidalDecode).
+
+    Layers before `first` attend to everything. Layers `first` and `correct` also attend to everything, and remember the
+    tokens with the largest scores, for each query head; the layers after them read only those. The pick lives for one
+    forward. While the store holds no more than the budget, every layer is dense.
+
+    Args:
+        budget: tokens that a query reads in a sparse layer: a number (int) or a share of the stored tokens (float).
+        first: the first layer that picks.
+        correct: the layer that picks again; at or beyond the number of layers it never does.
+        keep_newest: a query's own token is always one of the budget, as in the paper's CUDA path; False leaves it to
+            its score, as in the paper's Hugging Face path.
+
+    Shapes:
+        q [B,H,N,D], k [B,G,M,D] -> Full, or Tokens [B,H,N,K], K = min(budget, M)
+
+    Departs from the paper: several queries at once (speculative decoding) each have their own pick. The KV-cache
+    correction is left out. Needs: this method, for the same heads, in all layers from `first` on, in order.
+
+    Example:
+        >>> q, k = torch.ones(1, 1, 1, 1), torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0, 0.0]).view(1, 1, 6, 1)
+        >>> method, call = TidalDecode(budget=3, first=0), Call.of(q, k)
+        >>> method.select(q, k, call)
+        Full()
+        >>> method.select(q, k, Call.of(q, k, layer=1, step=call.step)).index.tolist()
+        [[[[4, 2, 5]]]]
+    """
+
+    phases = ("decode",)
+    whole_store = True
+    paper = "TidalDecode, ICLR 2025, arXiv 2410.05076"
+
+    budget: int | float = 256
+    first: int = 2
+    correct: int = 13
+    keep_newest: bool = True
+
+    def __post_init__(self) -> None:
+        check_budget("TidalDecode", self.budget)
+        for name, least in (("first", 0), ("correct", self.first)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"TidalDecode: {name} must be a layer >= {least}, got {value!r}")
+
+    def select(self, q: Tensor, k: Tensor, call: Call) -> Pattern:
+        length = call.shape.M
+        budget = budget_tokens(self.budget, length)
+        if call.layer < self.first or length <= budget:
+            return Full()
+        picks: dict[tuple[int, ...] | None, tuple[int, Tokens]] = call.step.setdefault("tidal", {})
+        if call.layer in (self.first, self.correct):
+            picks[call.heads] = call.layer, self._pick(q, k, budget, call)
+            return Full()
+        source = self.correct if call.layer > self.correct else self.first
+        layer, pick = picks.get(call.heads, (None, None))
+        if pick is None or layer != source:
+            seen = "none was made" if layer is None else f"the newest is layer {layer}'s"
+            heads = "all heads" if call.heads is None else f"heads {list(call.heads)}"
+            raise InputError(
+                f"TidalDecode: layer {call.layer} reads what layer {source} picked for {heads}, but {seen} in this "
+                f"forward; put tidal in every layer from {self.first} on for the same heads, and run layers in order"
+            )
+        return pick
+
+    def estimate(self, call: Call) -> float:
+        B, H, _, N, M = call.shape
+        dense = budget_tokens(self.budget, M) == M
+        return 0.0 if dense or call.layer not in (self.first, self.correct) else float(B * H * N * M)
+
+    def _pick(self, q: Tensor, k: Tensor, budget: int, call: Call) -> Tokens:
+        """The largest keys of each query; its own takes the smallest one's place if it is not among them."""
+        index = top_tokens(q, k, budget, call).index
+        if not self.keep_newest:
+            return Tokens(index)
+        q_pos, k_pos = call.positions(q.device)
+        own = (per_head(k_pos, call)[:, :, None, :] == q_pos[:, None, :, None]).int().argmax(-1)
+        own = own.int().expand(*index.shape[:3])
+        found = (index == own[..., None]).any(-1)
+        return Tokens(torch.cat((index[..., :-1], torch.where(found, index[..., -1], own)[..., None]), -1))
