@@ -122,7 +122,9 @@ class Group:
                 # positions ascend within a row and all heads of a group keep equally many, but not the same ones
                 alive = (self.pos[row, :, : self.lengths[row]] < seen[row]).sum(-1)
                 if int(alive.min()) != int(alive.max()):
-                    raise InputError("crop: the heads of an evicting cache disagree on how many recent tokens they hold")
+                    raise InputError(
+                        "crop: the heads of an evicting cache disagree on how many recent tokens they hold"
+                    )
                 self.lengths[row] = int(alive[0])
 
     def select(self, index: Tensor) -> None:
@@ -206,9 +208,9 @@ class Store:
             here = torch.ones(B, n, dtype=torch.bool, device=k.device) if valid is None else valid
             self.valid = torch.cat((past, here), 1)
         for group in self.groups:
-            heads = k.new_tensor(group.heads, dtype=torch.long)
-            whole = len(group.heads) == G
-            group.append(*(t if whole else t.index_select(1, heads) for t in (k, v)), valid, self.seen)
+            heads = list(group.heads)
+            mine = (k, v) if len(heads) == G else (k[:, heads], v[:, heads])
+            group.append(*mine, valid, self.seen)
         added = [n] * B if valid is None else valid.sum(1).tolist()
         self.seen = [a + b for a, b in zip(self.seen, added, strict=True)]
         self.total += n
@@ -272,7 +274,10 @@ class Store:
         for group in self.groups:
             group.crop(removed, self.seen)
         if self._asked is not None:
-            left = [q[:, :, : q.shape[2] - removed[rows.start]] for rows, q in zip(self.row_sets(), self._asked, strict=True)]
+            left = [
+                q[:, :, : q.shape[2] - removed[rows.start]]
+                for rows, q in zip(self.row_sets(), self._asked, strict=True)
+            ]
             self._asked = left if all(q.shape[2] for q in left) else None
 
     def select(self, index: Tensor) -> None:
@@ -284,7 +289,9 @@ class Store:
             group.select(index)
         if len(self.memory) == 1:
             self.memory = [_rows_of(self.memory[0], index)]
-            self._asked = None if self._asked is None else [self._asked[0].index_select(0, index.to(self._asked[0].device))]
+            self._asked = (
+                None if self._asked is None else [self._asked[0].index_select(0, index.to(self._asked[0].device))]
+            )
         else:
             self.memory = [_rows_of(self.memory[i], torch.tensor([0])) for i in at]
             self._asked = None if self._asked is None else [self._asked[i] for i in at]
@@ -306,7 +313,7 @@ def call_for(q: Tensor, view: View, seen: int, heads: tuple[int, ...], **fields:
 
 def _rows_of(memory: dict[str, Any], index: Tensor) -> dict[str, Any]:
     """The memory of some rows: its tensors are batch-first, its dicts are searched, anything else is shared."""
-    picked = {}
+    picked: dict[str, Any] = {}
     for key, value in memory.items():
         if isinstance(value, Tensor) and value.ndim:
             picked[key] = value.index_select(0, index.to(value.device))

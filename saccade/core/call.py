@@ -130,9 +130,7 @@ class Call:
             raise InputError(f"{name}: empty sequence or axis: q {_s(q)}, k {_s(k)}, v {_s(v)}")
         want = Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
         if self.shape != want:
-            raise InputError(
-                f"{name}: the call is for {self.shape}, the tensors are {want}; use Call.of(q, k)"
-            )
+            raise InputError(f"{name}: the call is for {self.shape}, the tensors are {want}; use Call.of(q, k)")
         if self.q_pos is None and want.N > want.M:
             raise InputError(f"{name}: {want.N} queries but {want.M} keys; give call.q_pos and call.k_pos")
         if (self.q_pos is None) != (self.k_pos is None):

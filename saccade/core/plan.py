@@ -91,7 +91,7 @@ class Plan:
         for at, layer in enumerate(self.layers):
             taken: dict[str, set[int]] = {phase: set() for phase in PHASES}
             for assign in layer:
-                _check_assign(assign, at, self.model, taken[assign.phase] if assign.phase in taken else set())
+                _check_assign(assign, at, self.model, taken.get(assign.phase, set()))
 
     @classmethod
     def uniform(
@@ -232,8 +232,9 @@ def _check_assign(assign: Assign, at: int, model: ModelShape, taken: set[int]) -
     if taken & set(heads):
         raise PlanError(f"{where}: heads {sorted(taken & set(heads))} already have a {assign.phase} method")
     taken |= set(heads)
-    if assign.phase not in find(assign.method).phases:
-        raise PlanError(f"{where}: works in {', '.join(find(assign.method).phases)}, not in {assign.phase}")
+    phases: tuple[str, ...] = getattr(find(assign.method), "phases", ())
+    if assign.phase not in phases:
+        raise PlanError(f"{where}: works in {', '.join(phases)}, not in {assign.phase}")
     assign.build(length=4096)
 
 

@@ -1,4 +1,4 @@
-"""The lazy table: method names -> where their classes are. A line per method; nothing is imported until it is asked for."""
+"""The lazy table: method names -> where their classes are, a line each; nothing is imported until it is asked for."""
 
 from __future__ import annotations
 

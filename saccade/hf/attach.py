@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from saccade.cache.store import Store, call_for
 from saccade.core.call import Call
 from saccade.core.errors import InputError, PlanError, UnsupportedError
-from saccade.core.plan import ModelShape, Plan
+from saccade.core.plan import Plan
 from saccade.hf.cache import SaccadeCache, StoreLayer
 from saccade.methods.apply import Roles, Seen, apply, phase_of
 
@@ -286,12 +286,18 @@ def _attention(
         dense: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return dense(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if custom:
-        raise UnsupportedError("this call has a mask that is more than causality and padding; use transformers' own cache")
+        raise UnsupportedError(
+            "this call has a mask that is more than causality and padding; use transformers' own cache"
+        )
     for name in ("s_aux", "softcap", "position_bias"):
         if kwargs.get(name) is not None:
-            raise UnsupportedError(f"layer {module.layer_idx} passes {name}, which no method here honours; detach first")
+            raise UnsupportedError(
+                f"layer {module.layer_idx} passes {name}, which no method here honours; detach first"
+            )
     if dropout:
-        raise UnsupportedError(f"attention dropout ({dropout}) is not served; set attention_dropout to 0 or model.eval()")
+        raise UnsupportedError(
+            f"attention dropout ({dropout}) is not served; set attention_dropout to 0 or model.eval()"
+        )
     out = session.attend(module.layer_idx, query, key, value, attention_mask, scaling)
     return out.transpose(1, 2).contiguous(), None
 

@@ -61,13 +61,10 @@ def attend_groups(q: Tensor, k: Tensor, v: Tensor, groups: Groups, call: Call | 
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype)
     o = (weights @ _gather(v, k_index, kv_head)) * some[..., None]
 
-    row = torch.arange(B * H, device=q.device).view(B, H, 1, 1) * N + q_index.clamp_min(0)
-    count = torch.zeros(B * H * N, dtype=torch.long, device=q.device).index_add_(
-        0, row.flatten(), some.flatten().long()
-    )
-    total = torch.zeros(B * H * N, v.shape[3], dtype=o.dtype, device=q.device)
-    total = total.index_add(0, row.flatten(), o.flatten(0, 3))
-    return total.view(B, H, N, -1) / count.clamp_min(1)[..., None].to(o.dtype), count
+    row = (torch.arange(B * H, device=q.device).view(B, H, 1, 1) * N + q_index.clamp_min(0)).flatten()
+    count = some.new_zeros(B * H * N, dtype=torch.long).index_add(0, row, some.flatten().long()).view(B, H, N)
+    total = o.new_zeros(B * H * N, v.shape[3]).index_add(0, row, o.flatten(0, 3)).view(B, H, N, -1)
+    return total / count.clamp_min(1)[..., None].to(o.dtype), count
 
 
 def _gather(t: Tensor, index: Tensor, head: Tensor) -> Tensor:

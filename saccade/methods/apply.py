@@ -51,7 +51,7 @@ class Seen:
 
 
 def phase_of(queries: int, past: int) -> str:
-    """"decode" for up to 16 queries with a past, else "prefill"."""
+    """ "decode" for up to 16 queries with a past, else "prefill"."""
     return "decode" if past > 0 and queries <= PACKED else "prefill"
 
 

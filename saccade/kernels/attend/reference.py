@@ -1,4 +1,4 @@
-"""The specification of attend: dense softmax under the pattern's mask. Every other implementation is tested against it."""
+"""The specification of attend: dense softmax under the pattern's mask. All others are tested against it."""
 
 from __future__ import annotations
 

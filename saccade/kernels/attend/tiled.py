@@ -8,6 +8,7 @@ the parts before it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,49 +23,52 @@ PACKED = 16  # up to so many queries, the query heads that share a key head are 
 NEG_INF = float("-inf")
 
 
+@dataclass(frozen=True)
+class Job:
+    """One attention call on its way: q is scaled, bias is [B,H,M], `without` holds pairs that are counted elsewhere."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    call: Call
+    bias: Tensor | None = None
+    lse: bool = True
+    without: tuple[Pattern, ...] = ()
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: Call, bias: Tensor | None, lse: bool) -> Out:
     """As `saccade.kernels.attend.attend`, on checked arguments."""
     if bias is not None:
         bias = per_head(bias, call).expand(call.shape.B, call.shape.H, -1)
-    return _attend(q * call.softmax_scale(q.shape[3]), k, v, pattern, call, bias, lse, ())
+    return _attend(Job(q * call.softmax_scale(q.shape[3]), k, v, call, bias, lse), pattern)
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    call: Call,
-    bias: Tensor | None,
-    lse: bool,
-    without: tuple[Pattern, ...],
-) -> Out:
-    """Attention of scaled q under a pattern, less the pairs in the patterns `without`."""
-    args = (q, k, v, pattern, call, bias, lse, without)
+def _attend(job: Job, pattern: Pattern) -> Out:
+    """The way for a pattern."""
     if isinstance(pattern, PerHead):
-        return _per_head(*args)
+        return _per_head(job, pattern)
     if isinstance(pattern, Union):
         parts = pattern.parts
-        outs = [_attend(q, k, v, p, call, bias, True, without + parts[:i]) for i, p in enumerate(parts)]
-        return merge(outs)
+        return merge([_attend(replace(job, lse=True, without=job.without + parts[:i]), p) for i, p in enumerate(parts)])
     if isinstance(pattern, Window) and (isinstance(pattern.sink, Tensor) or isinstance(pattern.recent, Tensor)):
-        return _per_head(q, k, v, _by_size(pattern, call), call, bias, lse, without)
-    if not call.contiguous:
-        return _masked(*args)
+        return _per_head(job, _by_size(pattern, job.call))
+    if not job.call.contiguous:
+        return _masked(job, pattern)
     if isinstance(pattern, Blocks):
-        return _blocks(q, k, v, pattern, call, bias, lse, without)
+        return _blocks(job, pattern)
     if isinstance(pattern, Tokens):
-        return _tokens(q, k, v, pattern, call, bias, lse, without)
-    if not without and call.causal and bias is None:
+        return _tokens(job, pattern)
+    if not job.without and job.call.causal and job.bias is None:
         if isinstance(pattern, Window):
-            return _window(q, k, v, pattern, call, lse)
+            return _window(job, pattern)
         if isinstance(pattern, Full):
-            return _full(q, k, v, call, lse)
-    return _masked(*args)
+            return _full(job)
+    return _masked(job, pattern)
 
 
-def _full(q: Tensor, k: Tensor, v: Tensor, call: Call, lse: bool) -> Out:
+def _full(job: Job) -> Out:
     """Causal dense attention. SDPA where it can; tiles of rows where there is a past or the lse is wanted."""
+    q, k, v, call, lse = job.q, job.k, job.v, job.call, job.lse
     B, H, G, N, M = call.shape
     if N == M and not lse and q.shape[3] == v.shape[3]:
         o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=H != G)
@@ -89,8 +93,9 @@ def _full(q: Tensor, k: Tensor, v: Tensor, call: Call, lse: bool) -> Out:
     return _rows(outs)
 
 
-def _window(q: Tensor, k: Tensor, v: Tensor, pattern: Window, call: Call, lse: bool) -> Out:
+def _window(job: Job, pattern: Window) -> Out:
     """Sink and band are slices, nothing is gathered."""
+    q, k, v, call, lse = job.q, job.k, job.v, job.call, job.lse
     B, H, G, N, M = call.shape
     sink, recent = int(pattern.sink), int(pattern.recent)
     step = N if N <= PACKED else 256
@@ -116,17 +121,9 @@ def _window(q: Tensor, k: Tensor, v: Tensor, pattern: Window, call: Call, lse: b
     return _rows(outs)
 
 
-def _blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Blocks,
-    call: Call,
-    bias: Tensor | None,
-    lse: bool,
-    without: tuple[Pattern, ...],
-) -> Out:
+def _blocks(job: Job, pattern: Blocks) -> Out:
     """Gather the key blocks of some query blocks, one batched matmul; only blocks at an edge are masked."""
+    q, k, v, call, lse = job.q, job.k, job.v, job.call, job.lse
     B, H, G, N, M = call.shape
     bq, bk = pattern.block_q, pattern.block_k
     index = per_head(pattern.index, call).long().expand(B, H, -1, -1)
@@ -154,16 +151,17 @@ def _blocks(
         slots = start[line, column][:, None, None] + torch.arange(bk, device=q.device)
         rows = first[line][:, None, None] + torch.arange(bq, device=q.device)[:, None]
         hidden = (slots < 0) | (slots >= M) | ((slots > rows) & call.causal)
-        extra = _extra(picked, a, b, bq, bk, call, bias, without)
+        extra = _extra(job, picked, a, b, bq, bk)
+        at, where = (line - a, column), (base[a:b, None] + picked.clamp_min(0)).flatten()
 
         def tile(
             q: Tensor,
             k: Tensor,
             v: Tensor,
             extra: Tensor | None,
-            at: tuple[Tensor, Tensor] = (line - a, column),
+            at: tuple[Tensor, Tensor] = at,
             hidden: Tensor = hidden,
-            where: Tensor = (base[a:b, None] + picked.clamp_min(0)).flatten(),
+            where: Tensor = where,
             K: int = K,
         ) -> Out:
             keys = k.index_select(0, where).view(-1, K * bk, D)
@@ -196,21 +194,19 @@ def _tiles(used: list[int], entries: int) -> list[tuple[int, int, int]]:
     return tiles
 
 
-def _extra(
-    picked: Tensor, a: int, b: int, bq: int, bk: int, call: Call, bias: Tensor | None, without: tuple[Pattern, ...]
-) -> Tensor | None:
+def _extra(job: Job, picked: Tensor, a: int, b: int, bq: int, bk: int) -> Tensor | None:
     """What is added to the scores of lines a to b of a block tile: key bias, and -inf for pairs counted elsewhere."""
-    if bias is None and not without:
+    if job.bias is None and not job.without:
         return None
-    B, H, _, N, M = call.shape
+    B, H, _, _, M = job.call.shape
     slots = (picked.clamp_min(0)[..., None] * bk + torch.arange(bk, device=picked.device)).flatten(1).clamp(max=M - 1)
     lines = torch.arange(a, b, device=picked.device)
     row, head = lines % (B * H) // H, lines % H
     extra = slots.new_zeros((), dtype=torch.float32).expand(b - a, bq, slots.shape[1])
-    if bias is not None:
-        extra = bias[row, head].gather(1, slots)[:, None].expand(-1, bq, -1)
-    if without:
-        hidden = torch.stack([_hidden(i, slots[i - a], bq, call, without) for i in range(a, b)])
+    if job.bias is not None:
+        extra = job.bias[row, head].gather(1, slots)[:, None].expand(-1, bq, -1)
+    if job.without:
+        hidden = torch.stack([_hidden(i, slots[i - a], bq, job.call, job.without) for i in range(a, b)])
         extra = extra.masked_fill(hidden, NEG_INF)
     return extra
 
@@ -229,17 +225,9 @@ def _hidden(line: int, slots: Tensor, bq: int, call: Call, without: tuple[Patter
     return found
 
 
-def _tokens(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Tokens,
-    call: Call,
-    bias: Tensor | None,
-    lse: bool,
-    without: tuple[Pattern, ...],
-) -> Out:
+def _tokens(job: Job, pattern: Tokens) -> Out:
     """Gather single tokens: once for all rows, or anew for each row."""
+    q, k, v, call, bias, lse = job.q, job.k, job.v, job.call, job.bias, job.lse
     B, H, G, N, M = call.shape
     index = per_head(pattern.index, call).long()
     shared = index.shape[2] == 1
@@ -248,7 +236,7 @@ def _tokens(
     k, v = k.reshape(B * G * M, -1), v.reshape(B * G * M, -1)
     base = (torch.arange(B * H, device=q.device) // (H // G) * M).view(B, H, 1, 1)
     step = max(1, TILE // (B * H * K * (1 if shared else q.shape[3])))
-    block = next((p.block_q for p in without if isinstance(p, Blocks)), 1)
+    block = next((p.block_q for p in job.without if isinstance(p, Blocks)), 1)
     step = step if step >= N else max(block, step // block * block)
     outs = []
     for a in range(0, N, step):
@@ -258,19 +246,21 @@ def _tokens(
         hidden = mine < 0
         if call.causal:
             hidden = hidden | (mine > rows[:, None] + call.offset)
-        for part in without:
+        for part in job.without:
             hidden = hidden | _found(part, call, rows, mine.clamp_min(0))
         extra = None
         if bias is not None:
             extra = bias.gather(2, mine.clamp_min(0).flatten(2)).view(mine.shape)
+
+        where, lines = (base + mine.clamp_min(0)).flatten(), mine.shape[2]
 
         def tile(
             q: Tensor,
             k: Tensor,
             v: Tensor,
             extra: Tensor | None,
-            where: Tensor = (base + mine.clamp_min(0)).flatten(),
-            rows: int = mine.shape[2],
+            where: Tensor = where,
+            rows: int = lines,
             hidden: Tensor = hidden,
         ) -> Out:
             keys, values = (t.index_select(0, where).view(B, H, rows, K, -1) for t in (k, v))
@@ -298,17 +288,9 @@ def _found(part: Pattern, call: Call, rows: Tensor, slots: Tensor) -> Tensor:
     return part.member(call, rows, slots)
 
 
-def _masked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    call: Call,
-    bias: Tensor | None,
-    lse: bool,
-    without: tuple[Pattern, ...],
-) -> Out:
+def _masked(job: Job, pattern: Pattern) -> Out:
     """Dense scores under a mask, some rows at a time: right for every pattern and every store."""
+    q, k, v, call, bias, lse = job.q, job.k, job.v, job.call, job.bias, job.lse
     B, H, G, N, M = call.shape
     step = N if N <= PACKED else max(1, TILE // (B * H * M))
     outs = []
@@ -316,7 +298,7 @@ def _masked(
         rows = torch.arange(a, min(a + step, N), device=q.device)
         n = len(rows)
         hidden = ~pattern.mask(call, rows).to(q.device)
-        for part in without:
+        for part in job.without:
             hidden = hidden | part.mask(call, rows)
 
         def tile(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, hidden: Tensor = hidden, n: int = n) -> Out:
@@ -331,32 +313,27 @@ def _masked(
     return _rows(outs)
 
 
-def _per_head(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: PerHead,
-    call: Call,
-    bias: Tensor | None,
-    lse: bool,
-    without: tuple[Pattern, ...],
-) -> Out:
+def _per_head(job: Job, pattern: PerHead) -> Out:
     """Each set of heads on its own, put back in order."""
-    share = call.shape.H // call.shape.G
+    share = job.call.shape.H // job.call.shape.G
     outs = []
     for heads, part in pattern.parts:
         kv = kv_heads(heads, share)
-        sub = call.take(heads, kv)
-        mine = (t if len(kv) == call.shape.G else t[:, list(kv)] for t in (k, v))
-        less = tuple(p.heads(heads) for p in without)
-        outs.append(
-            _attend(q[:, list(heads)], *mine, part, sub, None if bias is None else bias[:, list(heads)], lse, less)
+        k, v = (t if len(kv) == job.call.shape.G else t[:, list(kv)] for t in (job.k, job.v))
+        mine = replace(
+            job,
+            q=job.q[:, list(heads)],
+            k=k,
+            v=v,
+            call=job.call.take(heads, kv),
+            bias=None if job.bias is None else job.bias[:, list(heads)],
+            without=tuple(p.heads(heads) for p in job.without),
         )
-    order = torch.tensor([h for heads, _ in pattern.parts for h in heads], device=q.device).argsort()
+        outs.append(_attend(mine, part))
+    order = torch.tensor([h for heads, _ in pattern.parts for h in heads], device=job.q.device).argsort()
+    sums = [out.lse for out in outs if out.lse is not None] if job.lse else []
     o = torch.cat([out.o for out in outs], 1).index_select(1, order)
-    if not lse:
-        return Out(o)
-    return Out(o, torch.cat([out.lse for out in outs if out.lse is not None], 1).index_select(1, order))
+    return Out(o, torch.cat(sums, 1).index_select(1, order) if sums else None)
 
 
 def _by_size(pattern: Window, call: Call) -> PerHead:

@@ -1,0 +1,42 @@
+# Two commands do all set-up: `make demo` and `make test`. The environment is .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: venv demo test check lint bench docs wheel clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: venv  ## the main job: a book with planted facts, dense against sparse
+	$(BIN)/saccade demo
+
+test: venv  ## all tests, with the examples in the docstrings
+	$(BIN)/python -m pytest
+
+check: lint  ## what every push must pass, in about two minutes
+	$(BIN)/python -m pytest -x -m 'not slow'
+
+lint: venv  ## format, lint, types
+	$(BIN)/ruff format --check saccade tests bench
+	$(BIN)/ruff check saccade tests bench
+	$(BIN)/mypy
+
+bench: venv  ## the figures of the README that a CPU can give; about half an hour
+	$(BIN)/python bench/reader_cpu.py
+	$(BIN)/saccade bench attend --device cpu --length 32768 --density 0.1 --dtype both
+	$(BIN)/python bench/recall.py
+
+docs: venv  ## one page per method from its docstring, and their pictures
+	$(BIN)/python docs/build.py
+
+wheel: venv  ## build the wheel and refuse one of 20 MB or more
+	$(BIN)/python -m build --wheel
+	$(BIN)/python -c "import pathlib; s=max(p.stat().st_size for p in pathlib.Path('dist').glob('*.whl')); print(s, 'bytes'); assert s < 20_000_000"
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis saccade-out

@@ -1,0 +1,190 @@
+"""doctor: is the plan really at work on this model, and what does it do? Proof by running it."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers.cache_utils import DynamicCache
+
+import saccade
+from saccade.core.plan import Plan
+from saccade.hf.attach import Session, attach
+from saccade.hf.cache import cache_bytes
+from saccade.hf.meter import Meter
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `doctor` found. `problems` is empty when all is well; `advice` is what would make it better.
+
+    Attributes:
+        model: class and size.
+        served, left_alone: layers the plan serves, and layers that keep their own attention.
+        calls: attention calls per served layer in one prefill and three steps (4 each when all is well).
+        prefill_density, decode_density: measured, selection included.
+        padded_difference: largest difference of a left-padded row's logits from the same row alone.
+        dense_difference: largest difference of the last logits from the model's own attention (what the plan changes).
+        bytes_held, bytes_dense: key-value bytes of the plan's cache and of transformers' own, same tokens.
+        versions: of what matters here.
+    """
+
+    model: str
+    served: list[int]
+    left_alone: list[int]
+    calls: list[int]
+    prefill_density: float | None
+    decode_density: float | None
+    padded_difference: float
+    dense_difference: float
+    bytes_held: int
+    bytes_dense: int
+    length: int
+    versions: dict[str, str]
+    problems: list[str]
+    advice: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data for JSON."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """As lines for a person."""
+
+        def share(value: float | None) -> str:
+            return "none" if value is None else f"{value:.3f}"
+
+        lines = [
+            f"model             {self.model}",
+            f"layers served     {_ranges(self.served)}"
+            + (f"; left alone (not plain causal attention): {_ranges(self.left_alone)}" if self.left_alone else ""),
+            f"calls per layer   {sorted(set(self.calls))} in one prefill of {self.length} tokens and three steps",
+            f"density           prefill {share(self.prefill_density)}, decode {share(self.decode_density)} of dense",
+            f"padded rows       differ by {self.padded_difference:.1e} from the same rows alone",
+            f"plan changes      the last logits by {self.dense_difference:.1e} at most",
+            f"key-value bytes   {self.bytes_held:,} held, {self.bytes_dense:,} in transformers' own cache",
+            "versions          " + ", ".join(f"{k} {v}" for k, v in self.versions.items()),
+        ]
+        lines += [f"problem: {line}" for line in self.problems] or ["no problems found"]
+        lines += [f"advice: {line}" for line in self.advice]
+        return "\n".join(lines)
+
+
+def doctor(model: torch.nn.Module, plan: Plan, length: int = 512) -> Diagnosis:
+    """Attach a plan to a model, run a prefill and three steps, and say what really happened.
+
+    Args:
+        model: a Hugging Face causal language model.
+        plan: the plan to look at.
+        length: tokens of the probe (random ids).
+
+    Returns:
+        A Diagnosis; the model is left as it was.
+
+    Raises:
+        PlanError, UnsupportedError: as `attach`.
+    """
+    device = next(model.parameters()).device
+    config = model.config.get_text_config()
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, config.vocab_size, (1, length), generator=rng).to(device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            dense_cache = DynamicCache(config=config)
+            dense = model(ids, past_key_values=dense_cache, logits_to_keep=1).logits
+            with attach(model, plan) as session:
+                session.watch = meter = Meter(mass=False)
+                cache = session.cache(length)
+                logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+                for _ in range(3):
+                    model(ids[:, -1:], past_key_values=cache)
+                calls = [session.calls[layer] for layer in session.served()]
+                session.watch = None
+                padded = _padded(model, session, ids)
+                served, rest = session.served(), sorted(set(session.modules) - set(session.served()))
+                held = cache.bytes()
+    finally:
+        model.train(was_training)
+    bytes_dense = sum(cache_bytes(layer) for layer in dense_cache.layers)
+    found = Diagnosis(
+        model=f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
+        f"{next(model.parameters()).dtype}, {device}",
+        served=served,
+        left_alone=rest,
+        calls=calls,
+        prefill_density=meter.density("prefill"),
+        decode_density=meter.density("decode"),
+        padded_difference=padded,
+        dense_difference=float((dense - logits).abs().max()),
+        bytes_held=held,
+        bytes_dense=bytes_dense,
+        length=length,
+        versions={
+            "saccade": saccade.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        problems=[],
+        advice=[],
+    )
+    found.problems.extend(_problems(found, float(logits.abs().max())))
+    found.advice.extend(_advice(found, plan))
+    return found
+
+
+def _padded(model: Any, session: Session, ids: torch.Tensor) -> float:
+    """Logits of a left-padded row beside a longer one, against the same row alone."""
+    N, pad = ids.shape[1], max(1, ids.shape[1] // 5)
+    short = ids[:, pad:]
+    batch = torch.cat((ids, torch.cat((ids[:, :pad] * 0, short), 1)))
+    mask = torch.ones_like(batch)
+    mask[1, :pad] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    both = model(
+        batch, attention_mask=mask, position_ids=positions, past_key_values=session.cache(N), logits_to_keep=1
+    ).logits[1]
+    alone = model(short, past_key_values=session.cache(N), logits_to_keep=1).logits[0]
+    return float((both - alone).abs().max())
+
+
+def _problems(found: Diagnosis, size: float) -> list[str]:
+    problems = []
+    if not found.served:
+        problems.append("the plan serves no layer of this model: nothing is sparse")
+    if any(count != 4 for count in found.calls):
+        problems.append(f"calls per layer are {found.calls}, not 4 each: some attention does not go through the plan")
+    tolerance = 1e-4 if "float32" in found.model else 5e-2
+    if found.padded_difference > tolerance * max(1.0, size):
+        problems.append(f"padded rows differ from rows alone by {found.padded_difference:.1e}: report this")
+    return problems
+
+
+def _advice(found: Diagnosis, plan: Plan) -> list[str]:
+    advice = []
+    phases = {assign.phase for row in plan.layers for assign in row}
+    if found.prefill_density is not None and found.prefill_density > 0.9 and "prefill" in phases:
+        advice.append(f"prefill is nearly dense at {found.length} tokens; try a longer --length or a smaller budget")
+    if "decode" not in phases and "cache" not in phases:
+        advice.append("decoding is dense: add a decode method or a cache policy to save time per token")
+    if "cache" not in phases:
+        advice.append("the cache keeps everything: add a cache policy to save bytes")
+    if found.left_alone:
+        advice.append(f"layers {_ranges(found.left_alone)} keep their sliding window or recurrent attention")
+    return advice
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
