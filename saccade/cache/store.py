@@ -17,6 +17,7 @@ from saccade.core.call import Call
 from saccade.core.errors import InputError
 
 ROOM = 64  # slots added beyond what is needed
+DRAFT = 16  # so many tokens may be taken back after an eviction that saw them: a policy by recency keeps as many more
 
 
 class Keeper(Protocol):
@@ -187,6 +188,7 @@ class Store:
         self.valid: Tensor | None = None  # [B, total], None while nothing was padding
         self.memory: list[dict[str, Any]] = []  # one for the whole batch, or one per row once rows differ in length
         self._asked: list[Tensor] | None = None  # queries of a short call, whose eviction waits for a crop
+        self._cut: list[int] = []  # real tokens per row when something was last evicted
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Add tokens k [B,G,n,D], v [B,G,n,Dv]; valid [B,n] is False where a row is padded.
@@ -202,7 +204,7 @@ class Store:
         self.settle()
         valid = None if valid is None or bool(valid.all()) else valid
         if not self.seen:
-            self.seen, self.memory = [0] * B, [{}]
+            self.seen, self.memory, self._cut = [0] * B, [{}], [0] * B
         if valid is not None or self.valid is not None:
             past = torch.ones(B, self.total, dtype=torch.bool, device=k.device) if self.valid is None else self.valid
             here = torch.ones(B, n, dtype=torch.bool, device=k.device) if valid is None else valid
@@ -216,7 +218,9 @@ class Store:
         self.total += n
         if min(self.seen) == 0:
             raise InputError(f"store: batch row {self.seen.index(0)} is padding from end to end; drop it")
-        if len(set(self.seen)) > 1 and len(self.memory) == 1 and B > 1:
+        # rows stay together while they are equally long and padded in the same places
+        alike = len(set(self.seen)) == 1 and (valid is None or bool((valid == valid[:1]).all()))
+        if not alike and len(self.memory) == 1:
             self.memory = [_rows_of(self.memory[0], torch.tensor([row])) for row in range(B)]
 
     def row_sets(self) -> list[slice]:
@@ -260,6 +264,8 @@ class Store:
                 slots = group.policy.keep(q[:, heads], view.k, view.v, call)
                 if slots is not None and slots.shape[2] < view.k.shape[2]:
                     group.keep(rows, slots)
+                    for row in range(*rows.indices(len(self.seen))):
+                        self._cut[row] = self.seen[row]
 
     def crop(self, count: int) -> None:
         """Forget the last `count` tokens of every row (padding counts as a token, as transformers counts it)."""
@@ -268,6 +274,12 @@ class Store:
         if count > self.total:
             raise InputError(f"crop: {count} tokens to remove, {self.total} are held")
         removed = [count] * len(self.seen) if self.valid is None else self.valid[:, -count:].sum(1).tolist()
+        for seen, less, cut in zip(self.seen, removed, self._cut, strict=True):
+            if cut and seen - less < cut - DRAFT:
+                raise InputError(
+                    f"crop: back to {seen - less} tokens, but tokens were evicted when there were {cut}; "
+                    f"at most {DRAFT} of them can be taken back (draft fewer tokens, or start again)"
+                )
         self.total -= count
         self.valid = None if self.valid is None else self.valid[:, : self.total]
         self.seen = [a - b for a, b in zip(self.seen, removed, strict=True)]
@@ -295,7 +307,7 @@ class Store:
         else:
             self.memory = [_rows_of(self.memory[i], torch.tensor([0])) for i in at]
             self._asked = None if self._asked is None else [self._asked[i] for i in at]
-        self.seen = [self.seen[i] for i in at]
+        self.seen, self._cut = [self.seen[i] for i in at], [self._cut[i] for i in at]
         self.valid = None if self.valid is None else self.valid.index_select(0, index.to(self.valid.device))
 
     def bytes(self) -> int:

@@ -34,7 +34,7 @@ class Call:
     Args:
         shape: sizes of this call (`Call.of` reads them from q and k).
         layer: index of the layer in the model, from 0.
-        heads: global ids of the query heads in this call, None = all of them in order.
+        heads: global ids of the query heads in this call; left out = all of them, in order.
         scale: factor on q·k, None = 1/sqrt(D).
         causal: a query sees keys at its own position and before.
         q_pos: [1|B, N] integer positions of the queries, or None.
@@ -53,7 +53,7 @@ class Call:
 
     shape: Shape
     layer: int = 0
-    heads: tuple[int, ...] | None = None
+    heads: tuple[int, ...] = ()
     scale: float | None = None
     causal: bool = True
     q_pos: Tensor | None = None
@@ -63,6 +63,10 @@ class Call:
     memory: dict[str, Any] = field(default_factory=dict)
     step: dict[str, Any] = field(default_factory=dict)
     rng: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if not self.heads:
+            object.__setattr__(self, "heads", tuple(range(self.shape.H)))
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, **fields: Any) -> Call:
@@ -101,7 +105,7 @@ class Call:
 
     def take(self, heads: tuple[int, ...], kv_heads: tuple[int, ...] | None = None, *, kv: int | None = None) -> Call:
         """The same call for some of its query heads (local ids); kv_heads are the kv heads that stay (local ids)."""
-        ids = tuple(heads if self.heads is None else (self.heads[h] for h in heads))
+        ids = tuple(self.heads[h] for h in heads)
         k_pos = self.k_pos
         if k_pos is not None and kv_heads is not None and k_pos.shape[1] > 1:
             k_pos = k_pos[:, list(kv_heads)]

@@ -45,6 +45,7 @@ class Seen:
     call: Call
     q: Tensor
     k: Tensor
+    v: Tensor
     pattern: Pattern | None
     estimate: float
     methods: tuple[str, ...]
@@ -77,7 +78,7 @@ def apply(
         o [B,H,N,Dv].
     """
     H, share = call.shape.H, call.shape.H // call.shape.G
-    ids = call.heads if call.heads is not None else tuple(range(H))
+    ids = call.heads
     default = policy.pattern(call) if policy is not None else Full()
     left = set(range(H))
     patterns: list[tuple[tuple[int, ...], Pattern]] = []
@@ -105,13 +106,13 @@ def apply(
         pattern = patterns[0][1] if len(patterns) == 1 else PerHead(tuple(patterns))
         out = attend(q, k, v, pattern, call, lse=False).o
         if watch is not None:
-            watch(Seen(call, q, k, pattern, estimate, tuple(names)))
+            watch(Seen(call, q, k, v, pattern, estimate, tuple(names)))
         return out
     for local, pattern in patterns:
         kv = kv_heads(local, share)
         sub = call.take(local, kv)
         answers.append((local, attend(q[:, list(local)], k[:, list(kv)], v[:, list(kv)], pattern, sub, lse=False).o))
     if watch is not None:
-        watch(Seen(call, q, k, None, estimate, tuple(names)))
+        watch(Seen(call, q, k, v, None, estimate, tuple(names)))
     order = torch.tensor([i for local, _ in answers for i in local], device=q.device).argsort()
     return torch.cat([o for _, o in answers], 1).index_select(1, order)

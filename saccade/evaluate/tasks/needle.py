@@ -21,6 +21,9 @@ DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8)
 # characters before the first fact: `fit` cuts at most a dozen tokens there
 MARGIN = 200
 
+# characters of book text kept before the end of a sample, per token of its length; no tokenizer packs English tighter
+ROOM = 8
+
 
 @cache
 def templates() -> dict[str, list[str]]:
@@ -73,11 +76,12 @@ class Needle:
         keys, values, facts = draw_facts(rng, 1 + self.distractors, self.value)
         question = rng.choice(templates()["questions"]).format(key=keys[0])
         places = [depth] + [rng.random() for _ in facts[1:]]
-        end, skip = rng.random(), 0 if self.planted else 1
+        # grows towards the front, so that the end of the book text stays where it is
+        room = min(ROOM * length, len(text))
+        stop = sentence_end(text, room + int(rng.random() * (len(text) - room)))
+        skip = 0 if self.planted else 1
 
         def compose(size: int) -> str:
-            # grows towards the front, so that the end of the book text stays where it is
-            stop = sentence_end(text, size + int(end * (len(text) - size)))
             body = text[max(0, stop - size) : stop]
             return plant(body, facts[skip:], places[skip:]) + f"\n\n{question}"
 

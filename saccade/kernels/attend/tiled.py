@@ -54,6 +54,8 @@ def _attend(job: Job, pattern: Pattern) -> Out:
         return _per_head(job, _by_size(pattern, job.call))
     if not job.call.contiguous:
         return _masked(job, pattern)
+    if isinstance(pattern, Blocks) and min(PACKED, pattern.block_q) >= job.call.shape.N:
+        return _tokens(job, _slots(pattern, job.call))
     if isinstance(pattern, Blocks):
         return _blocks(job, pattern)
     if isinstance(pattern, Tokens):
@@ -137,7 +139,7 @@ def _blocks(job: Job, pattern: Blocks) -> Out:
     base = kv_head.repeat(nq)
     first = torch.arange(nq, device=q.device).repeat_interleave(B * H) * bq + call.offset
     columns = torch.arange(lines.shape[1], device=q.device)
-    used = (lines >= 0).int().mul(columns + 1).amax(1).clamp_min(1).tolist()
+    used = (lines >= 0).int().mul(columns + 1).amax(1).tolist()
     tiles = _tiles(used, bq * bk)
     read = torch.tensor([K for a, b, K in tiles for _ in range(a, b)], device=q.device)
     start = lines * bk
@@ -146,6 +148,9 @@ def _blocks(job: Job, pattern: Blocks) -> Out:
     cuts = torch.searchsorted(edge_line, torch.tensor([0] + [b for _, b, _ in tiles], device=q.device)).tolist()
     outs = []
     for (a, b, K), lo, hi in zip(tiles, cuts, cuts[1:], strict=False):
+        if K == 0:
+            outs.append(Out(q.new_zeros(b - a, bq, Dv), _wide(q.new_full((b - a, bq), NEG_INF))))
+            continue
         picked = lines[a:b, :K]
         line, column = edge_line[lo:hi], edge_column[lo:hi]
         slots = start[line, column][:, None, None] + torch.arange(bk, device=q.device)
@@ -233,44 +238,34 @@ def _tokens(job: Job, pattern: Tokens) -> Out:
     shared = index.shape[2] == 1
     index = index.expand(B, H, -1, -1)
     K = index.shape[3]
-    k, v = k.reshape(B * G * M, -1), v.reshape(B * G * M, -1)
-    base = (torch.arange(B * H, device=q.device) // (H // G) * M).view(B, H, 1, 1)
+    # the store's tensors have room behind their tokens: index them as they are, a reshape would copy them
+    batch = torch.arange(B, device=q.device)[:, None, None, None]
+    head = (torch.arange(H, device=q.device) // (H // G))[:, None, None]
+    block = next((p.block_q for p in job.without if isinstance(p, Blocks)), 64)
     step = max(1, TILE // (B * H * K * (1 if shared else q.shape[3])))
-    block = next((p.block_q for p in job.without if isinstance(p, Blocks)), 1)
     step = step if step >= N else max(block, step // block * block)
     outs = []
     for a in range(0, N, step):
         b = min(a + step, N)
         mine = index if shared else index[:, :, a:b]
         rows = torch.arange(a, b, device=q.device)
-        hidden = mine < 0
-        if call.causal:
-            hidden = hidden | (mine > rows[:, None] + call.offset)
-        for part in job.without:
-            hidden = hidden | _found(part, call, rows, mine.clamp_min(0))
+        hidden = _columns(job, rows, mine, block) if shared else _singles(job, rows, mine)
         extra = None
         if bias is not None:
             extra = bias.gather(2, mine.clamp_min(0).flatten(2)).view(mine.shape)
-
-        where, lines = (base + mine.clamp_min(0)).flatten(), mine.shape[2]
+        where = mine.clamp_min(0)
 
         def tile(
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            extra: Tensor | None,
-            where: Tensor = where,
-            rows: int = lines,
-            hidden: Tensor = hidden,
+            q: Tensor, k: Tensor, v: Tensor, extra: Tensor | None, where: Tensor = where, hidden: Tensor = hidden
         ) -> Out:
-            keys, values = (t.index_select(0, where).view(B, H, rows, K, -1) for t in (k, v))
+            keys, values = (t[batch, head, where] for t in (k, v))
             if shared:
                 scores = q @ keys[:, :, 0].transpose(-1, -2)
             else:
                 scores = (q[..., None, :] @ keys.transpose(-1, -2)).squeeze(-2)
             if extra is not None:
                 scores = scores + extra
-            scores = scores.masked_fill(hidden, NEG_INF)
+            scores.masked_fill_(hidden, NEG_INF)
             if shared:
                 return _softmax(scores, values[:, :, 0], lse)
             out = _softmax(scores[..., None, :], values, lse)
@@ -280,12 +275,37 @@ def _tokens(job: Job, pattern: Tokens) -> Out:
     return _rows(outs)
 
 
-def _found(part: Pattern, call: Call, rows: Tensor, slots: Tensor) -> Tensor:
-    """part.member for many rows; rows of one query block share the answer, so it is asked once."""
-    if isinstance(part, Blocks) and slots.shape[2] == 1 and rows[0] % part.block_q == 0:
-        found = part.member(call, rows[:: part.block_q], slots)
-        return found.repeat_interleave(part.block_q, dim=2)[:, :, : len(rows)]
-    return part.member(call, rows, slots)
+def _slots(pattern: Blocks, call: Call) -> Tokens:
+    """The slots of the blocks that one query block reads."""
+    index = pattern.index.long()[..., None] * pattern.block_k + torch.arange(
+        pattern.block_k, device=pattern.index.device
+    )
+    return Tokens(index.masked_fill(index >= call.shape.M, -1).clamp_min(-1).flatten(3))
+
+
+def _singles(job: Job, rows: Tensor, slots: Tensor) -> Tensor:
+    """Which of each row's own slots [B,H,n,K] it may not use."""
+    hidden = slots < 0
+    if job.call.causal:
+        hidden = hidden | (slots > rows[:, None] + job.call.offset)
+    for part in job.without:
+        hidden = hidden | part.member(job.call, rows, slots.clamp_min(0))
+    return hidden
+
+
+def _columns(job: Job, rows: Tensor, slots: Tensor, block: int) -> Tensor:
+    """Which of the shared slots [B,H,1,K] a row may not use [B,H,n,K]; asked once per block of rows where it can."""
+    wide = not (job.call.causal and len(rows) > block and all(isinstance(p, Blocks) for p in job.without))
+    if wide or any(p.block_q != block for p in job.without if isinstance(p, Blocks)):
+        return _singles(job, rows, slots.expand(-1, -1, len(rows), -1) if job.without else slots)
+    first = rows[::block]
+    last = (first + block - 1).clamp(max=int(rows[-1])) + job.call.offset
+    hidden = (slots < 0) | (slots > last[:, None])
+    for part in job.without:
+        hidden = hidden | part.member(job.call, first, slots.clamp_min(0))
+    split = ~hidden & (slots > first[:, None] + job.call.offset)
+    hidden = hidden.repeat_interleave(block, dim=2)[:, :, : len(rows)]
+    return hidden | (slots > rows[:, None] + job.call.offset) if bool(split.any()) else hidden
 
 
 def _masked(job: Job, pattern: Pattern) -> Out:

@@ -52,7 +52,7 @@ class Random(Scorer):
             raise UnsupportedError("Random: needs a store without holes or padding; run such rows one by one")
         _, H, _, N, M = call.shape
         nq, nk = -(-N // self.block_q), -(-M // self.block_k)
-        heads = range(H) if call.heads is None else call.heads
+        heads = call.heads
         start = self._start(call)
         lots = []
         for head in heads:

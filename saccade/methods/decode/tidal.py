@@ -66,7 +66,7 @@ class TidalDecode(Selector):
         budget = budget_tokens(self.budget, length)
         if call.layer < self.first or length <= budget:
             return Full()
-        picks: dict[tuple[int, ...] | None, tuple[int, Tokens]] = call.step.setdefault("tidal", {})
+        picks: dict[tuple[int, ...], tuple[int, Tokens]] = call.step.setdefault("tidal", {})
         if call.layer in (self.first, self.correct):
             picks[call.heads] = call.layer, self._pick(q, k, budget, call)
             return Full()
@@ -74,9 +74,8 @@ class TidalDecode(Selector):
         layer, pick = picks.get(call.heads, (None, None))
         if pick is None or layer != source:
             seen = "none was made" if layer is None else f"the newest is layer {layer}'s"
-            heads = "all heads" if call.heads is None else f"heads {list(call.heads)}"
             raise InputError(
-                f"TidalDecode: layer {call.layer} reads what layer {source} picked for {heads}, but {seen} in this "
+                f"TidalDecode: layer {call.layer} reads what layer {source} picked for heads {list(call.heads)}, but {seen} in this "
                 f"forward; put tidal in every layer from {self.first} on for the same heads, and run layers in order"
             )
         return pick

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from saccade.cache.store import DRAFT
 from saccade.core.call import Call
 from saccade.core.errors import InputError
 from saccade.core.pattern import Pattern, Window
@@ -28,17 +29,18 @@ class DuoAttention(CachePolicy):
         recent: tokens kept from its end, the newest included.
 
     Shapes:
-        k [B,g,M,D] -> slots [B|1, g|1, min(M, sink + recent)]
+        k [B,g,M,D] -> slots [B|1, g|1, min(M, sink + recent + 16)]
 
     Departs from the paper: the official evaluation runs the first prefill densely for all heads and cuts afterwards.
         Here streaming heads see sink and recent in every phase, as in the paper's training, so that one shot, chunks,
         decoding and draft verification give the same numbers. Assign "dense" to them in prefill for the official way.
+        16 tokens more are held than are seen, so that a draft may be taken back.
 
     Example:
         >>> from saccade import Assign, ModelShape, Plan
         >>> streaming = Assign((1,), "duo", {"sink": 16, "recent": 64}, phase="cache")
         >>> Plan.per_head(ModelShape(1, 4, 2), [[streaming]]).phase(0, "cache")[0].build().claim(1000)
-        80
+        96
     """
 
     sink: int = 64
@@ -53,12 +55,12 @@ class DuoAttention(CachePolicy):
         return Window(self.sink, self.recent)
 
     def keep(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | None:
-        M = call.shape.M
-        if self.sink + self.recent >= M:
+        M, recent = call.shape.M, self.recent + DRAFT
+        if self.sink + recent >= M:
             return None
         # slots ascend with positions, and whatever was dropped before lay between the two ends
-        ends = torch.cat((torch.arange(self.sink), torch.arange(M - self.recent, M)))
+        ends = torch.cat((torch.arange(self.sink), torch.arange(M - recent, M)))
         return ends.to(k.device)[None, None]
 
     def claim(self, seen: int) -> int:
-        return min(seen, self.sink + self.recent)
+        return min(seen, self.sink + self.recent + DRAFT)

@@ -87,6 +87,7 @@ class RoutingAttention(Layer):
         commitment: float = 1e-4,
         ema: float = 0.999,
         scale: float | None = None,
+        itself: bool = False,
         rope_base: float = 10_000.0,
     ):
         super().__init__()
@@ -103,6 +104,7 @@ class RoutingAttention(Layer):
             raise InputError(f"RoutingAttention: head_dim={head_dim} must be even for rotary positions")
         self.heads, self.local_heads, self.head_dim = heads, local_heads, head_dim
         self.clusters, self.window, self.recent = clusters, window, recent
+        self.itself = itself
         self.commitment, self.ema, self.scale, self.rope_base = commitment, ema, scale, rope_base
         self.route_proj = nn.Linear(width, (heads - local_heads) * head_dim, bias=False)
         self.q_proj = nn.Linear(width, local_heads * head_dim, bias=False) if local_heads else None
@@ -143,7 +145,7 @@ class RoutingAttention(Layer):
         # members ascend, so those of the last N tokens are among the last N of a cluster; of the others no row is asked
         rows = index[..., -N:] - (M - N)
         groups = Groups(rows.masked_fill(rows < 0, -1), index)
-        return attend_groups(q, keys, v, groups, Call.of(q, keys, scale=self.scale))[0]
+        return attend_groups(q, keys, v, groups, Call.of(q, keys, scale=self.scale), itself=self.itself)[0]
 
     def _loss(self, q: Tensor) -> Tensor:
         """Mean squared distance to the nearest centroid; taking its gradient moves the centroids."""

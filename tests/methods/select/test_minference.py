@@ -127,6 +127,9 @@ def test_conversion_of_an_offset_between_blocks():
     assert index.tolist() == [[[[0, -1], [1, 0], [2, 1]]]]
     index = diagonal_blocks(torch.tensor([[[0, 128]]]), Call.of(q, q), 64).index
     assert index.tolist() == [[[[0, -1], [1, -1], [2, 0]]]]
+    # rows 128..191 at offset 127 need keys 1..64, rows 64..127 keys 0 and below
+    index = diagonal_blocks(torch.tensor([[[0, 127]]]), Call.of(q, q), 64).index
+    assert index.tolist() == [[[[0, -1, -1], [1, 0, -1], [2, 1, 0]]]]
 
 
 def test_conversion_in_a_chunk():
@@ -158,6 +161,11 @@ def test_one_query_is_dense():
     q, k = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 999, 2)
     assert MInference().select(q, k, Call.of(q, k)) == Full()
     assert MInference().estimate(Call.of(q, k)) == 0.0
+
+
+def test_the_estimate_scores_the_last_queries():
+    for N, M, want in ((300, 300, 64 * 300), (10, 300, 10 * 300), (2, 2, 4)):
+        assert MInference().estimate(Call.of(torch.zeros(2, 3, N, 1), torch.zeros(2, 1, M, 1))) == 6 * want
 
 
 def test_later_tokens_change_outputs_only_through_the_choice():

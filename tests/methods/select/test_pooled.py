@@ -53,6 +53,7 @@ def test_dense_up_to_the_budget():
     torch.manual_seed(0)
     q, k = torch.randn(1, 2, 200, 8), torch.randn(1, 1, 200, 8)
     call = Call.of(q, k)
+    assert Pooled().budget == 100 * 64  # the paper's hundred blocks
     assert Pooled().select(q, k, call).density(call) == 1.0
     assert Pooled(budget=1.0).select(q, k, call).density(call) == 1.0
     # the first four query blocks have no more blocks to choose from than they may read

@@ -46,6 +46,8 @@ def test_the_last_queries_are_dense_and_others_are_not():
 
 
 def test_one_query_is_dense():
+    x = torch.zeros(1, 1, 64, 2)
+    assert isinstance(TriShape(last=64).select(x, x, Call.of(x, x)), Full)
     q, k = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 999, 2)
     assert isinstance(TriShape().select(q, k, Call.of(q, k)), Full)
 

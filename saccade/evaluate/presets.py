@@ -1,0 +1,184 @@
+"""Presets: the name of a method -> a Plan with sensible arguments for a model and a length."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from saccade.core.errors import PlanError
+from saccade.core.plan import PHASES, ModelShape, Plan, read_text
+from saccade.core.table import METHODS, find
+from saccade.evaluate.model import READER, Loaded
+from saccade.reader.books import DATA
+
+PLANS = DATA / "plans"
+DENSE = "dense"
+CONTROLS = (DENSE, "streaming", "random", "oracle")
+
+
+def preset(name: str, model: Any, length: int, *, bundled: bool = False) -> Plan:
+    """The plan of a method, or of several joined by "+", for prompts of about `length` tokens.
+
+    A method stands in every phase that it serves. Budgets are set so that it reads about a tenth of what dense
+    attention reads at 8k to 32k tokens. In a combination with a cache policy the heads that the policy names follow
+    it, and the other methods serve the remaining heads.
+
+    Args:
+        name: `"minference"`, `"minference+duo"`, ... (`saccade list`).
+        model: a ModelShape, a model or its config.
+        length: tokens of the prompts.
+        bundled: the model is the reader, so that plans shipped with it are used.
+
+    Raises:
+        PlanError: an unknown name, a layer with its own weights, or a method that must be fitted first.
+
+    Example:
+        >>> plan = preset("trishape+tidal", ModelShape(8, 4, 2), 8192)
+        >>> [(a.method, a.phase) for a in plan.layers[0]]
+        [('trishape', 'prefill'), ('tidal', 'decode')]
+    """
+    shape = ModelShape.of(model)
+    parts = [_single(part.strip(), shape, length, bundled) for part in name.split("+")]
+    policies = [part for part in parts if phases(part) == {"cache"}]
+    plan = parts[0]
+    for part in parts[1:]:
+        plan = plan.also(part)
+    for policy in policies:
+        plan = _beside(plan, policy)
+    return Plan(plan.model, plan.layers, note=name)
+
+
+def resolve(name: str, loaded: Loaded, length: int) -> Plan | None:
+    """What a command line calls a plan: a plan file, a preset, or "dense" = None, stock transformers.
+
+    Raises:
+        PlanError, FileError: no such method; an unreadable file, or a plan for another model.
+    """
+    if name == DENSE:
+        return None
+    if looks_like_file(name):
+        plan = read_plan(name, loaded.model)
+        plan.check_model(loaded.model)
+        return plan
+    return preset(name, loaded.model, length, bundled=loaded.name == READER)
+
+
+def read_plan(path: str, model: Any = None) -> Plan:
+    """A plan from a file: saccade's own JSON, or what MInference (JSON) and DuoAttention (TSV) published.
+
+    Args:
+        path: the file.
+        model: a ModelShape, model or config: published files do not say how query heads share key heads.
+
+    Raises:
+        PlanError, FileError: none of the three, or for another model.
+    """
+    start = read_text(path).lstrip()[:1]
+    if start == "{":
+        return Plan.load(path)
+    from saccade.fit.published import from_duo, from_minference
+
+    if start == "[":
+        return from_minference(path, model)
+    return from_duo(path, model)
+
+
+def looks_like_file(name: str) -> bool:
+    """A method's name has neither a suffix nor a slash."""
+    return name.endswith((".json", ".tsv")) or os.sep in name or (name not in METHODS and os.path.isfile(name))
+
+
+def phases(plan: Plan) -> set[str]:
+    """The phases that any assignment of a plan serves."""
+    return {assign.phase for row in plan.layers for assign in row}
+
+
+def note(plan: Plan | None) -> str:
+    """What of a plan is left dense, in words for a table."""
+    if plan is None:
+        return "stock transformers"
+    used = phases(plan)
+    if "cache" in used:
+        return ""
+    return ", ".join(f"{phase} dense" for phase in ("prefill", "decode") if phase not in used)
+
+
+def defaults(loaded: Loaded, length: int) -> list[str]:
+    """The methods that `saccade demo` compares with dense: those that can be set up for this model."""
+    wanted = ("streaming", "trishape", "minference", "tidal", "minference+tidal", "duo", "minference+duo")
+    return [name for name in wanted if _possible(name, loaded, length)]
+
+
+def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
+    """Hyperparameters of one method for a model of so many layers and prompts of about `length` tokens."""
+    recent, first = max(64, length // 24), min(2, layers // 4)
+    return {
+        "streaming": {"sink": 64, "recent": recent},
+        "trishape": {"sink": 64, "recent": recent},
+        "minference": {"columns": min(1000, max(64, length // 64)), "diagonals": min(6096, max(128, length // 32))},
+        # shares of all keys: early queries have fewer, so about twice the share is what is read of the causal half
+        "pooled": {"budget": 0.05},
+        "oracle": {"budget": 0.05},
+        "random": {"budget": 0.05},
+        # the paper picks in layers 2 and 13 of 32
+        "tidal": {"budget": max(256, length // 64), "first": first, "correct": max(first + 1, layers * 13 // 32)},
+    }.get(name, {})
+
+
+def _single(name: str, shape: ModelShape, length: int, bundled: bool) -> Plan:
+    cls = find(name)
+    if "layer" in cls.phases:
+        raise PlanError(f"{name}: a layer with its own weights cannot be put into a pretrained model's plan")
+    shipped = PLANS / f"{name}.json"
+    if bundled and shipped.is_file():
+        plan = Plan.load(shipped)
+        plan.check_model(shape)
+        return plan
+    if name == "duo":
+        raise PlanError(
+            "duo: which heads stream must be found for each model: make a plan with saccade.fit.duo, or read a "
+            "published one with saccade.fit.published.from_duo, save it, and give the file"
+        )
+    args = arguments(name, shape.layers, length)
+    return Plan.uniform(shape, **{phase: (name, args) for phase in PHASES if phase in cls.phases})
+
+
+def _beside(plan: Plan, policy: Plan) -> Plan:
+    """The plan with the heads of a cache policy taken out of its prefill and decode methods."""
+    share = plan.model.heads // plan.model.kv_heads
+    layers = []
+    for row, kept in zip(plan.layers, policy.layers, strict=True):
+        named = [range(plan.model.kv_heads) if a.heads is None else a.heads for a in kept]
+        taken = {g * share + i for heads in named for g in heads for i in range(share)}
+        left = []
+        for assign in row:
+            if assign.phase == "cache" or not taken:
+                left.append(assign)
+                continue
+            heads = range(plan.model.heads) if assign.heads is None else assign.heads
+            rest = tuple(h for h in heads if h not in taken)
+            if rest:
+                left.append(replace(assign, heads=rest))
+        layers.append(tuple(left))
+    return Plan(plan.model, tuple(layers), plan.note)
+
+
+def _possible(name: str, loaded: Loaded, length: int) -> bool:
+    try:
+        preset(name, loaded.model, length, bundled=loaded.name == READER)
+    except PlanError:
+        return False
+    return True
+
+
+def names_of(text: str | Sequence[str] | None) -> list[str]:
+    """Names from "a,b" or a list, each once, in order.
+
+    Example:
+        >>> names_of("needle,kv,needle")
+        ['needle', 'kv']
+    """
+    given = text.split(",") if isinstance(text, str) else list(text or ())
+    return list(dict.fromkeys(name.strip() for name in given if name.strip()))

@@ -1,0 +1,276 @@
+"""Inputs of the contract: small instances of every method, made-up sequences, and a stack of layers to feed them to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.cache.store import Store, call_for
+from saccade.core.pattern import Pattern
+from saccade.core.table import find
+from saccade.methods.apply import Seen, apply, phase_of
+from saccade.methods.base import Attention, CachePolicy, Layer, Method
+
+LAYERS = 4  # enough for a method that picks in two layers and reads in those after them
+WIDTH = 32  # channels of the instances that are layers
+STEP = 12  # tokens of a decoding call: fewer than 17, more than one
+
+# every method under hyperparameters so small that it leaves things out at 200 tokens, and so odd that edges show
+_INSTANCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {}),
+    "oracle": ("oracle", {"budget": 48, "block_q": 16, "block_k": 16}),
+    "oracle-share": ("oracle", {"budget": 0.2, "block_q": 32, "block_k": 8}),
+    "random": ("random", {"budget": 48, "block_q": 16, "block_k": 16, "seed": 3}),
+    "random-wide": ("random", {"budget": 0.3, "block_q": 8, "block_k": 32}),
+    "pooled": ("pooled", {"budget": 48, "block_q": 16, "block_k": 16}),
+    "pooled-share": ("pooled", {"budget": 0.3, "block_q": 32, "block_k": 8}),
+    "streaming": ("streaming", {"sink": 3, "recent": 9}),
+    "streaming-no_sink": ("streaming", {"sink": 0, "recent": 17}),
+    "trishape": ("trishape", {"sink": 3, "recent": 9, "last": 20}),
+    "minference": ("minference", {"columns": 40, "diagonals": 110, "last": 16, "block": 16}),
+    "tidal": ("tidal", {"budget": 24, "first": 0, "correct": 2}),
+    "tidal-free": ("tidal", {"budget": 24, "first": 1, "correct": 9, "keep_newest": False}),
+    "duo": ("duo", {"sink": 4, "recent": 13}),
+    "duo-no_sink": ("duo", {"sink": 0, "recent": 24}),
+    "routing": ("routing", {"width": WIDTH, "heads": 4, "clusters": 4, "window": 16, "recent": 8}),
+    "routing-only": ("routing", {"width": WIDTH, "heads": 2, "clusters": 3, "window": 40, "local_heads": 0}),
+    "lightning": ("lightning", {"width": WIDTH, "heads": 4, "layer": 1, "layers": 3}),
+    "lightning-three": ("lightning", {"width": WIDTH, "heads": 3, "head_dim": 8}),
+}
+
+
+def instances() -> dict[str, Method]:
+    """Every method of the table, small, by a name that starts with the method's own.
+
+    Example:
+        >>> instances()["streaming"]
+        Streaming(sink=3, recent=9)
+    """
+    return {name: _build(method, args) for name, (method, args) in _INSTANCES.items()}
+
+
+def _build(name: str, args: dict[str, Any]) -> Method:
+    cls = find(name)
+    if not issubclass(cls, Layer):
+        return cls(**args)  # type: ignore[no-any-return]
+    # a layer draws weights: always the same, and nobody else's draws are disturbed
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return cls(**args).double().eval()
+
+
+class Stream(NamedTuple):
+    """A made-up sequence, as each layer of a stack sees it.
+
+    Shapes: q [L,B,H,N,D], k [L,B,G,N,D], v [L,B,G,N,Dv], x [B,N,C].
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    x: Tensor
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.q.shape[3]
+
+    def part(self, a: int, b: int) -> Stream:
+        """Tokens a to b."""
+        return Stream(*(t[..., a:b, :] for t in self))
+
+    def row(self, rows: Sequence[int]) -> Stream:
+        """Some rows of the batch."""
+        at = list(rows)
+        return Stream(*(t[:, at] for t in self[:3]), self.x[at])
+
+    def changed(self, start: int, *names: str) -> Stream:
+        """The same, but tokens from `start` on are others, in the tensors named."""
+        new = {}
+        for name in names:
+            t = getattr(self, name).clone()
+            t[..., start:, :] = -1.5 * t[..., start:, :].flip(-1) + 0.5
+            new[name] = t
+        return self._replace(**new)
+
+    def repeated(self) -> Stream:
+        """Key heads repeated until every query head has its own."""
+        share = self.q.shape[2] // self.k.shape[2]
+        return self._replace(k=self.k.repeat_interleave(share, 2), v=self.v.repeat_interleave(share, 2))
+
+
+def stream(
+    N: int = 200,
+    B: int = 1,
+    H: int = 4,
+    G: int = 2,
+    D: int = 16,
+    Dv: int | None = None,
+    layers: int = LAYERS,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Stream:
+    """Random tensors; keys and queries share a slow drift, so that attention is neither flat nor all on one key.
+
+    Example:
+        >>> stream(5, G=1).k.shape
+        torch.Size([4, 1, 1, 5, 16])
+    """
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)
+
+    q, k = draw(layers, B, H, N, D), draw(layers, B, G, N, D)
+    drift = draw(layers, B, 1, 1, D) * torch.linspace(-1, 1, N, dtype=dtype)[:, None]
+    return Stream(q + drift, k + drift, draw(layers, B, G, N, D if Dv is None else Dv), draw(B, N, WIDTH))
+
+
+class Look(NamedTuple):
+    """One attention call of a Feed: what was asked and where it looked, what came out, and in which phase."""
+
+    seen: Seen
+    o: Tensor
+    phase: str
+
+    @property
+    def pattern(self) -> Pattern:
+        """Where it looked; only for methods that say so."""
+        assert self.seen.pattern is not None
+        return self.seen.pattern
+
+
+class Feed:
+    """A method at work on a stack of layers that is fed in pieces: what `attach` does with a model, without one.
+
+    Attention methods answer in their own phases and leave the rest dense; a cache policy evicts; a Layer carries its
+    state.
+
+    Args:
+        method: the method.
+        kv_heads: key heads of the stack.
+        heads: the heads that have the method (query heads; key heads for a policy), None = all.
+        layers: layers of the stack (a Layer is one of its own).
+        rng: given to every call.
+
+    Example:
+        >>> sequence = stream(20)
+        >>> feed = Feed(instances()["streaming"])
+        >>> feed(sequence.part(0, 18)).shape, feed(sequence.part(18, 20)).shape
+        (torch.Size([1, 4, 4, 18, 16]), torch.Size([1, 4, 4, 2, 16]))
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        kv_heads: int = 2,
+        heads: tuple[int, ...] | None = None,
+        layers: int = LAYERS,
+        rng: torch.Generator | None = None,
+    ) -> None:
+        self.method, self.heads, self.rng = method, heads, rng
+        policies = [(range(kv_heads) if heads is None else heads, method)] if isinstance(method, CachePolicy) else []
+        self.stores = [Store(policies, kv_heads) for _ in range(layers)]
+        self.looks: list[Look] = []
+        self.state: Any = None
+
+    def __call__(self, piece: Stream, valid: Tensor | None = None) -> Tensor:
+        """Outputs of the next tokens: [B,L,H,n,Dv], of a Layer [B,n,C]. valid [B,n] is False where a row is padded."""
+        if isinstance(self.method, Layer):
+            y, self.state, _ = self.method(piece.x, self.state)
+            return y
+        steps: dict[int, dict[str, Any]] = {}
+        return torch.stack([self._layer(at, piece, valid, steps) for at in range(len(self.stores))], 1)
+
+    def crop(self, count: int) -> None:
+        """Forget the last tokens."""
+        for store in self.stores:
+            store.crop(count)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """These rows of the batch become the batch."""
+        for store in self.stores:
+            store.select(torch.tensor(list(rows)))
+
+    def _layer(self, at: int, piece: Stream, valid: Tensor | None, steps: dict[int, dict[str, Any]]) -> Tensor:
+        store, q, k, v = self.stores[at], piece.q[at], piece.k[at], piece.v[at]
+        phase = phase_of(q.shape[2], store.total)
+        methods = [(self.heads, self.method)] if isinstance(self.method, Attention) else []
+        methods = methods if phase in self.method.phases else []
+        store.append(k, v, valid)
+        out, asked, share = q.new_zeros((*q.shape[:3], v.shape[3])), [], q.shape[1] // k.shape[1]
+        for rows in store.row_sets():
+            real = torch.ones(q.shape[2], dtype=torch.bool) if valid is None else valid[rows.start]
+            asked.append(q[rows] if valid is None else q[rows][:, :, real])
+            if not real.any():
+                continue
+            fields = dict(layer=at, step=steps.setdefault(rows.start, {}), memory=store.memory_of(rows), rng=self.rng)
+            for view in store.views(rows):
+                heads = [h * share + i for h in view.heads for i in range(share)]
+                mine = asked[-1] if len(heads) == q.shape[1] else asked[-1][:, heads]
+                call = call_for(mine, view, store.seen[rows.start], tuple(heads), x=piece.x[rows][:, real], **fields)
+                found: list[Seen] = []
+                o = apply(mine, view.k, view.v, call, methods, view.policy, found.append)
+                # the store writes over its keys and positions
+                k_pos = None if call.k_pos is None else call.k_pos.clone()
+                kept = dict(call=replace(call, k_pos=k_pos), k=view.k.clone(), v=view.v.clone())
+                self.looks += [Look(replace(seen, **kept), o, phase) for seen in found]
+                for i, h in enumerate(heads):
+                    out[rows, h, real.nonzero().flatten()] = o[:, i]
+        store.asked(asked, now=phase == "prefill")
+        return out
+
+
+def usual_pieces(method: Method, N: int) -> list[int]:
+    """How a sequence of N tokens is cut so that the method works in all its phases.
+
+    Example:
+        >>> usual_pieces(instances()["minference"], 200), usual_pieces(instances()["tidal"], 200)
+        ([200], [188, 12])
+    """
+    if N == 1 or not {"decode", "cache"} & set(method.phases):
+        return [N]
+    last = min(STEP, N // 2)
+    return [N - last, last]
+
+
+def run(
+    method: Method,
+    sequence: Stream,
+    pieces: Sequence[int] | None = None,
+    valid: Tensor | None = None,
+    heads: tuple[int, ...] | None = None,
+    rng: torch.Generator | None = None,
+    watch: Callable[[Look], None] | None = None,
+) -> Tensor:
+    """Outputs of a whole sequence, fed in pieces (default: `usual_pieces`); tokens are the last axis but one.
+
+    Example:
+        >>> run(instances()["dense"], stream(30)).shape
+        torch.Size([1, 4, 4, 30, 16])
+    """
+    pieces = usual_pieces(method, sequence.length) if pieces is None else pieces
+    feed = Feed(method, sequence.k.shape[2], heads, len(sequence.q), rng)
+    outs = []
+    for a, b in pairwise((0, *accumulate(pieces))):
+        outs.append(feed(sequence.part(a, b), None if valid is None else valid[:, a:b]))
+    for look in feed.looks if watch is not None else []:
+        watch(look)  # type: ignore[misc]
+    return torch.cat(outs, -2)
+
+
+def looks(method: Method, sequence: Stream, pieces: Sequence[int] | None = None) -> list[Look]:
+    """Every attention call of a run.
+
+    Example:
+        >>> looks(instances()["streaming"], stream(30))[0].pattern
+        Window(sink=3, recent=9)
+    """
+    found: list[Look] = []
+    run(method, sequence, pieces, watch=found.append)
+    return found
