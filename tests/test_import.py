@@ -41,7 +41,7 @@ def test_costs_and_does_nothing():
 
 
 def test_methods_and_kernels_need_torch_alone():
-    _, heavy = fresh("from saccade.core.table import METHODS, find\n_ = [find(name) for name in METHODS]\nsaccade.attend")
+    _, heavy = fresh("from saccade.core import table\n_ = [table.find(n) for n in table.METHODS], saccade.attend")
     assert heavy == ""
 
 

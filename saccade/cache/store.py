@@ -201,8 +201,12 @@ class Store:
             raise InputError(f"store: {G} key heads were given, the store has {self.kv_heads}")
         if self.seen and len(self.seen) != B:
             raise InputError(f"store: a batch of {B} rows was given, the store holds {len(self.seen)}; reset() it")
-        self.settle()
         valid = None if valid is None or bool(valid.all()) else valid
+        added = [n] * B if valid is None else valid.sum(1).tolist()
+        for row, more in enumerate(added):
+            if more + (self.seen[row] if self.seen else 0) == 0:
+                raise InputError(f"store: batch row {row} is padding from end to end; drop it")
+        self.settle()
         if not self.seen:
             self.seen, self.memory, self._cut = [0] * B, [{}], [0] * B
         if valid is not None or self.valid is not None:
@@ -213,11 +217,8 @@ class Store:
             heads = list(group.heads)
             mine = (k, v) if len(heads) == G else (k[:, heads], v[:, heads])
             group.append(*mine, valid, self.seen)
-        added = [n] * B if valid is None else valid.sum(1).tolist()
         self.seen = [a + b for a, b in zip(self.seen, added, strict=True)]
         self.total += n
-        if min(self.seen) == 0:
-            raise InputError(f"store: batch row {self.seen.index(0)} is padding from end to end; drop it")
         # rows stay together while they are equally long and padded in the same places
         alike = len(set(self.seen)) == 1 and (valid is None or bool((valid == valid[:1]).all()))
         if not alike and len(self.memory) == 1:
@@ -265,7 +266,7 @@ class Store:
                 if slots is not None and slots.shape[2] < view.k.shape[2]:
                     group.keep(rows, slots)
                     for row in range(*rows.indices(len(self.seen))):
-                        self._cut[row] = self.seen[row]
+                        self._cut[row] = max(self._cut[row], self.seen[row])
 
     def crop(self, count: int) -> None:
         """Forget the last `count` tokens of every row (padding counts as a token, as transformers counts it)."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from saccade.core.call import Call
+from saccade.core.call import Call, kv_heads
 from saccade.core.errors import InputError
 
 CHUNK = 1 << 24  # mask entries looked at in one go when pairs are counted the slow way
@@ -31,7 +31,7 @@ class Pattern:
     def mask(self, call: Call, rows: Tensor | None = None) -> Tensor:
         """The pairs as booleans [B, H, N, M] (or [B, H, len(rows), M]), with causality and padding."""
         B, H, _, N, M = call.shape
-        device = self.device
+        device = self.device if rows is None else rows.device
         q_pos, k_pos = call.positions(device)
         rows = torch.arange(N, device=device) if rows is None else rows
         slots = torch.arange(M, device=device)[None, None, None]
@@ -46,15 +46,21 @@ class Pattern:
         """Visited pairs as a share of all that the call allows: 1.0 is dense attention."""
         return self.pairs(call) / max(Full().pairs(call), 1.0)
 
-    def heads(self, ids: Sequence[int]) -> Pattern:
-        """The same pattern for some of the query heads."""
+    def heads(self, ids: Sequence[int], call: Call | None = None) -> Pattern:
+        """The same pattern for some of the query heads; an index per kv head needs the call that it was made for."""
         changed = {}
         for name in self.fields_per_head:
             value = getattr(self, name)
             axis = 0 if isinstance(value, Tensor) and value.ndim == 1 else 1
             if isinstance(value, Tensor) and value.shape[axis] > 1:
+                value = per_head(value, call) if call is not None and axis else value
+                if max(ids) >= value.shape[axis]:
+                    raise InputError(f"heads {list(ids)} of a pattern for {value.shape[axis]} heads; give its call")
                 changed[name] = value.index_select(axis, torch.as_tensor(list(ids), device=value.device))
         return type(self)(**{**self.__dict__, **changed}) if changed else self
+
+    def check(self, call: Call) -> None:
+        """Raise InputError unless the pattern fits the call; the values of an index are looked at on a CPU only."""
 
     def draw(self, call: Call, size: int = 48) -> Tensor:
         """A picture [H, size, size]: the share of each cell's pairs that is visited (rows are sampled, 4 to a cell)."""
@@ -113,6 +119,12 @@ class Window(Pattern):
             elif value < (0 if name == "sink" else 1):
                 raise InputError(f"Window: {name} must be >= {0 if name == 'sink' else 1}, got {value}")
 
+    def check(self, call: Call) -> None:
+        for name in ("sink", "recent"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and len(value) not in {1, call.shape.H}:
+                raise InputError(f"Window: {name} is for {len(value)} heads, the call has {call.shape.H}")
+
     def member(self, call: Call, rows: Tensor, slots: Tensor) -> Tensor:
         q_pos, k_pos = call.positions(slots.device)
         p = q_pos[:, None, rows, None]
@@ -159,6 +171,10 @@ class Blocks(Pattern):
                 f"Blocks: index must be [B, H, query blocks, K] and blocks >= 1, got {list(self.index.shape)}, "
                 f"block_q {self.block_q}, block_k {self.block_k}"
             )
+
+    def check(self, call: Call) -> None:
+        lines, blocks = -(-call.shape.N // self.block_q), -(-call.shape.M // self.block_k)
+        _check_index("Blocks", self.index, call, {lines}, blocks)
 
     def table(self, call: Call) -> Tensor:
         """Booleans [B|1, H|1, query blocks, key blocks]."""
@@ -240,6 +256,9 @@ class Tokens(Pattern):
         if self.index.ndim != 4:
             raise InputError(f"Tokens: index must be [B, H, N|1, K], got {list(self.index.shape)}")
 
+    def check(self, call: Call) -> None:
+        _check_index("Tokens", self.index, call, {1, call.shape.N}, call.shape.M)
+
     def member(self, call: Call, rows: Tensor, slots: Tensor) -> Tensor:
         index = per_head(self.index, call).long()
         index = index[:, :, rows] if index.shape[2] > 1 else index
@@ -272,8 +291,12 @@ class Union(Pattern):
             found = found | part.member(call, rows, slots)
         return found
 
-    def heads(self, ids: Sequence[int]) -> Pattern:
-        return Union(tuple(part.heads(ids) for part in self.parts))
+    def check(self, call: Call) -> None:
+        for part in self.parts:
+            part.check(call)
+
+    def heads(self, ids: Sequence[int], call: Call | None = None) -> Pattern:
+        return Union(tuple(part.heads(ids, call) for part in self.parts))
 
     def pairs(self, call: Call) -> float:
         if call.contiguous and call.causal and len(self.parts) == 2:
@@ -293,7 +316,8 @@ class PerHead(Pattern):
     """Different patterns for different query heads of one call, so that one launch serves a layer.
 
     Args:
-        parts: (head ids, pattern) pairs; each pattern is for its own heads in that order; every head exactly once.
+        parts: (head ids, pattern) pairs; each pattern is for its own heads in that order, whose key heads are
+            `kv_heads(ids, share)`; every head exactly once.
     """
 
     parts: tuple[tuple[tuple[int, ...], Pattern], ...]
@@ -314,13 +338,21 @@ class PerHead(Pattern):
     def pairs(self, call: Call) -> float:
         return sum(pattern.pairs(_for_heads(call, heads)) for heads, pattern in self.parts)
 
-    def heads(self, ids: Sequence[int]) -> Pattern:
+    def check(self, call: Call) -> None:
+        named = sum(len(heads) for heads, _ in self.parts)
+        if named != call.shape.H:
+            raise InputError(f"PerHead: {named} heads are named, the call has {call.shape.H}")
+        for heads, pattern in self.parts:
+            pattern.check(_for_heads(call, heads))
+
+    def heads(self, ids: Sequence[int], call: Call | None = None) -> Pattern:
         where = {h: new for new, h in enumerate(ids)}
         parts = []
         for heads, pattern in self.parts:
             local = [i for i, h in enumerate(heads) if h in where]
             if local:
-                parts.append((tuple(where[heads[i]] for i in local), pattern.heads(local)))
+                sub = None if call is None else _for_heads(call, heads)
+                parts.append((tuple(where[heads[i]] for i in local), pattern.heads(local, sub)))
         return PerHead(tuple(parts))
 
     @property
@@ -361,9 +393,19 @@ def at_slots(k_pos: Tensor, slots: Tensor) -> Tensor:
 
 
 def _for_heads(call: Call, heads: Sequence[int]) -> Call:
-    """The call for some query heads, each with its own kv head (so that any choice of heads is a rectangle)."""
-    share = call.shape.H // call.shape.G
-    return call.take(tuple(heads), tuple(h // share for h in heads))
+    """The call for some query heads."""
+    return call.take(tuple(heads), kv_heads(heads, call.shape.H // call.shape.G))
+
+
+def _check_index(name: str, index: Tensor, call: Call, lines: set[int], high: int) -> None:
+    """Raise InputError unless an index [1|B, 1|G|H, lines, K] fits the call and lies in [-1, high)."""
+    B, H, G, _, _ = call.shape
+    shape = index.shape
+    if shape[0] not in {1, B} or shape[1] not in {1, G, H} or shape[2] not in lines or shape[3] == 0:
+        rows = "|".join(map(str, sorted(lines)))
+        raise InputError(f"{name}: index must be [1|{B}, 1|{G}|{H}, {rows}, K >= 1] for this call, got {list(shape)}")
+    if index.device.type == "cpu" and not (index.min() >= -1 and index.max() < high):
+        raise InputError(f"{name}: index must be in [-1, {high}), got {index.min().item()} to {index.max().item()}")
 
 
 def _ramp(t: Tensor, width: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from saccade.core.table import METHODS, build, find
 VERSION = 1
 PHASES = ("prefill", "decode", "cache")
 LIMIT = 64 << 20  # a plan file larger than this is not a plan
+LARGEST = 1 << 53  # no hyperparameter is larger
 
 
 @dataclass(frozen=True)
@@ -154,11 +156,11 @@ class Plan:
         """
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"{where}: not readable as JSON ({error}); is the file whole?") from None
         if not isinstance(data, dict) or "saccade_plan" not in data:
             raise PlanError(f"{where}: not a saccade plan (no 'saccade_plan'); published files: saccade.fit.published")
-        if data["saccade_plan"] != VERSION:
+        if type(data["saccade_plan"]) is not int or data["saccade_plan"] != VERSION:
             raise PlanError(f"{where}: plan version {data['saccade_plan']!r}, this saccade reads version {VERSION}")
         extra = set(data) - {"saccade_plan", "model", "note", "layers"}
         if extra:
@@ -170,7 +172,10 @@ class Plan:
             raise PlanError(f"{where}: model: {error}") from None
         for name in ("layers", "heads", "kv_heads"):
             if not 0 < _typed(getattr(shape, name), int, f"{where}: model.{name}") <= 1 << 16:
-                raise PlanError(f"{where}: model.{name} must be 1 to 65536, got {getattr(shape, name)}")
+                raise PlanError(f"{where}: model.{name} must be 1 to 65536, got {str(getattr(shape, name))[:60]}")
+        if shape.heads % shape.kv_heads:
+            raise PlanError(f"{where}: model: {shape.heads} heads cannot share {shape.kv_heads} kv_heads; use a multiple")
+        _typed(shape.name, str, f"{where}: model.name")
         layers = []
         for at, row in enumerate(_typed(data.get("layers"), list, f"{where}: layers")):
             layers.append(
@@ -180,9 +185,9 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan; the file is whole or not there."""
-        target = Path(path)
+        text, target = self.to_json(), Path(path)
         with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as file:
-            file.write(self.to_json())
+            file.write(text)
         os.replace(file.name, target)
 
     @classmethod
@@ -252,10 +257,14 @@ def _assign(entry: Any, where: str) -> Assign:
 
 
 def _rule(method: str, key: str, value: Any, length: int) -> Any:
+    numbers = list(value.values()) if isinstance(value, dict) else [value]
+    if any(type(x) in (int, float) and abs(x) > LARGEST for x in numbers):
+        raise PlanError(f"{method}: {key} is too large: {str(value)[:60]}")
     if not isinstance(value, dict):
         return value
-    if set(value) != {"base", "slope"} or not all(isinstance(x, (int, float)) for x in value.values()):
-        raise PlanError(f"{method}: {key} must be a value or a length rule {{'base', 'slope'}}, got {value}")
+    fine = all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+    if set(value) != {"base", "slope"} or not fine:
+        raise PlanError(f"{method}: {key} must be a value or a length rule {{'base', 'slope'}}, got {str(value)[:200]}")
     return max(1, round(value["base"] + value["slope"] * length))
 
 

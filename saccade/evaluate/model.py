@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from saccade import reader
 from saccade.core.errors import FileError, InputError
 from saccade.core.plan import ModelShape
-from saccade.reader.books import DATA
 
 READER = "reader"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,16 +79,15 @@ def load(name: str = READER, dtype: str | None = None, device: str | None = None
     dtype = dtype or ("float32" if place.type == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
-    folder = str(DATA) if name == READER else name
-    if name == READER and not (DATA / "model.safetensors").is_file():
-        raise FileError(f"the bundled reader's weights are not in {DATA}; reinstall saccade, or give --model PATH")
-    if name != READER and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    if name == READER:
+        return Loaded(name, *reader.load(DTYPES[dtype], str(place)))
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise FileError(f"{name}: a folder without config.json, so not a model")
     try:
         # loaders raise whatever the broken file makes them raise
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], local_files_only=True, attn_implementation="sdpa"
+            name, dtype=DTYPES[dtype], local_files_only=True, attn_implementation="sdpa"
         )
     except Exception as error:
         said = str(error).strip().split("\n")[0][:300]

@@ -15,6 +15,8 @@ from saccade.reader.books import DATA
 
 PLANS = DATA / "plans"
 DENSE = "dense"
+# the paper chooses the layer that picks again by its lookups; the reader's lookups happen in its last layer
+FOUND: dict[str, dict[str, Any]] = {"tidal": {"correct": 7}}
 CONTROLS = (DENSE, "streaming", "random", "oracle")
 
 
@@ -117,7 +119,8 @@ def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
     return {
         "streaming": {"sink": 64, "recent": recent},
         "trishape": {"sink": 64, "recent": recent},
-        "minference": {"columns": min(1000, max(64, length // 64)), "diagonals": min(6096, max(128, length // 32))},
+        # the nearest 100 offsets are read in any case; each one beyond may cost two blocks of 64
+        "minference": {"columns": max(64, length // 32), "diagonals": 101 + length // 8192},
         # shares of all keys: early queries have fewer, so about twice the share is what is read of the causal half
         "pooled": {"budget": 0.05},
         "oracle": {"budget": 0.05},
@@ -141,7 +144,7 @@ def _single(name: str, shape: ModelShape, length: int, bundled: bool) -> Plan:
             "duo: which heads stream must be found for each model: make a plan with saccade.fit.duo, or read a "
             "published one with saccade.fit.published.from_duo, save it, and give the file"
         )
-    args = arguments(name, shape.layers, length)
+    args = arguments(name, shape.layers, length) | (FOUND.get(name, {}) if bundled else {})
     return Plan.uniform(shape, **{phase: (name, args) for phase in PHASES if phase in cls.phases})
 
 

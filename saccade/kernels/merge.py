@@ -42,8 +42,10 @@ def merge(outs: Sequence[Out]) -> Out:
     if len(parts) != len(outs):
         raise ValueError("merge: every result needs its lse; call attend(..., lse=True)")
     lses = torch.stack(parts)
-    lse = torch.logsumexp(lses, 0)
-    weights = torch.exp(lses - torch.where(lse.isneginf(), 0.0, lse))
+    # rows without keys are kept out of logsumexp, whose gradient there is NaN
+    empty = lses.isneginf().all(0)
+    lse = torch.logsumexp(lses.masked_fill(empty, 0.0), 0)
+    weights = torch.exp(lses - lse)
     dtype = outs[0].o.dtype
     o = sum((out.o.to(lse.dtype) * w[..., None] for out, w in zip(outs, weights, strict=True)), torch.zeros(()).to(lse))
-    return Out(o.to(dtype), lse)
+    return Out(o.to(dtype), lse.masked_fill(empty, float("-inf")))

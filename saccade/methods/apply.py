@@ -94,14 +94,14 @@ def apply(
         if len(local) < H:
             kv = kv_heads(local, share)
             mine, sub = q[:, list(local)], call.take(local, kv)
-            keys, values = (t if len(kv) == call.shape.G else t[:, list(kv)] for t in (k, v))
+            keys, values = (t if kv == tuple(range(t.shape[1])) else t[:, list(kv)] for t in (k, v))
         if isinstance(method, Selector):
             patterns.append((local, method.select(mine, keys, sub)))
             estimate += method.estimate(sub)
         else:
             answers.append((local, method.attend(mine, keys, values, sub).o))
     if left:
-        patterns.append((tuple(sorted(left)), default.heads(sorted(left))))
+        patterns.append((tuple(sorted(left)), default.heads(sorted(left), call)))
     if not answers:
         pattern = patterns[0][1] if len(patterns) == 1 else PerHead(tuple(patterns))
         out = attend(q, k, v, pattern, call, lse=False).o

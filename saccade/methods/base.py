@@ -97,8 +97,10 @@ class Scorer(Selector):
 
     def __post_init__(self) -> None:
         check_budget(type(self).__name__, self.budget)
-        if self.block_q < 1 or self.block_k < 1:
-            raise InputError(f"{type(self).__name__}: blocks must be >= 1, got {self.block_q} and {self.block_k}")
+        for name in ("block_q", "block_k"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{type(self).__name__}: {name} must be an int >= 1, got {value!r}")
 
     def score(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         """[B, H, ceil(N/block_q), ceil(M/block_k)]; +inf forces a block in, -inf keeps it out."""

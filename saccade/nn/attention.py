@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.core.errors import InputError
 from saccade.methods.base import Layer, Output
 
 
@@ -44,9 +45,9 @@ class Attention(Layer):
         kv_heads = heads if kv_heads is None else kv_heads
         head_dim = width // heads if head_dim is None else head_dim
         if heads % kv_heads:
-            raise ValueError(f"Attention: heads={heads} is not a multiple of kv_heads={kv_heads}")
+            raise InputError(f"Attention: heads={heads} is not a multiple of kv_heads={kv_heads}")
         if head_dim % 2:
-            raise ValueError(f"Attention: head_dim={head_dim} must be even for rotary positions")
+            raise InputError(f"Attention: head_dim={head_dim} must be even for rotary positions")
         self.heads, self.kv_heads, self.head_dim, self.rope_base = heads, kv_heads, head_dim, rope_base
         self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
         self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.core.errors import InputError
 from saccade.methods.base import Layer, Output
 
 
@@ -113,7 +114,7 @@ class Transformer(nn.Module):
         """
         state = [None] * len(self.blocks) if state is None else state
         if len(state) != len(self.blocks):
-            raise ValueError(f"Transformer: {len(state)} states for {len(self.blocks)} blocks")
+            raise InputError(f"Transformer: {len(state)} states for {len(self.blocks)} blocks")
         x, states, losses = self.embed(ids), [], []
         for block, past in zip(self.blocks, state, strict=True):
             out = block(x, past)

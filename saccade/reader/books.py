@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from saccade.core.errors import FileError, InputError
+
 DATA = Path(__file__).parent / "data"
 
 # one novel and one book of travels: both ship with the package and serve as haystacks, so no training may see them
@@ -40,7 +42,7 @@ def training(folder: str | Path) -> Iterator[tuple[str, str]]:
     """Yield (name, cleaned text) of every training book in a folder of `.txt` files, in order of names."""
     files = sorted(Path(folder).glob("*.txt"))
     if not files:
-        raise FileNotFoundError(f"no .txt books in {folder}")
+        raise FileError(f"no .txt books in {folder}")
     for file in files:
         if file.stem not in HELD_OUT:
             yield file.stem, clean(file.read_text(encoding="utf-8"))
@@ -58,7 +60,7 @@ def held_out(name: str) -> str:
         True
     """
     if name not in HELD_OUT:
-        raise ValueError(f"unknown book {name!r}; held out are {', '.join(HELD_OUT)}")
+        raise InputError(f"unknown book {name!r}; held out are {', '.join(HELD_OUT)}")
     with lzma.open(DATA / f"{name}.txt.xz", "rt", encoding="utf-8") as file:
         return file.read()
 

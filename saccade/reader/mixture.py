@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from saccade.core.errors import InputError
 from saccade.evaluate.tasks import kv, needle
 from saccade.reader.words import KEYS, VALUES, Words, words
 
@@ -213,7 +214,7 @@ class Mixture:
         room = np.maximum(self.stops - self.starts - size, 0)
         total = int(room.sum())
         if not total:
-            raise ValueError(f"no book holds {size} tokens")
+            raise InputError(f"no book holds {size} tokens")
         place = rng.randrange(total)
         book = int(np.searchsorted(np.cumsum(room), place, side="right"))
         return int(self.starts[book] + 1 + place - (np.cumsum(room)[book] - room[book]))

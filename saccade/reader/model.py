@@ -24,7 +24,7 @@ class Shape:
 
     Example:
         >>> sum(p.numel() for p in Shape().build().parameters())
-        6950144
+        6951168
     """
 
     vocab: int = 4096

@@ -163,7 +163,7 @@ def bits_per_byte(model: Transformer, tokenizer: Any, lengths: Sequence[int], de
                         place_bits += np.bincount(slot, loss.cpu().numpy(), minlength=len(edges))
                         place_bytes += np.bincount(slot, width, minlength=len(edges))
     return {
-        "by_length": {str(length): round(total / size, 4) for length, total in bits.items()},
+        "by_length": {str(length): round(float(total / size), 4) for length, total in bits.items()},
         "by_position": {
             str(edge): round(float(b / w), 4) for edge, b, w in zip(edges, place_bits, place_bytes, strict=True)
         },
@@ -236,7 +236,8 @@ def score(
             )
     result["bits_per_byte"] = bits_per_byte(dense, tokenizer, lengths, device)
     print(f"{time.time() - started:5.0f} s  bits per byte {json.dumps(result['bits_per_byte'])}", flush=True)
-    result["about"] = {"torch": torch.__version__, "device": device, "count": count, "seed": seed}
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else device
+    result["about"] = {"torch": torch.__version__, "device": name, "count": count, "seed": seed}
     result["about"] |= {"window": WINDOW, "sink": SINK, "weights": "bfloat16", "seconds": round(time.time() - started)}
     Path(out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     longest = samples["needle", max(lengths)][:20]

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -128,12 +129,18 @@ def rate(progress: float, step: int) -> float:
     return min(1.0, (step + 1) / WARM_UP) * (1.0 if progress < 0.5 else max(0.03, 1 - 0.97 * (progress - 0.5) / 0.5))
 
 
+@cache
+def held_out_ids(name: str) -> list[int]:
+    """The tokens of a held-out book."""
+    return raw().encode(books.held_out(name), add_special_tokens=False).ids
+
+
 @torch.no_grad()
 def held_out_loss(model: Transformer, length: int, device: torch.device, windows: int = 8) -> float:
     """Bits per byte of the held-out books in windows of `length` tokens."""
     tokenizer, bits, size = raw(), 0.0, 0
     for name in books.HELD_OUT:
-        ids = tokenizer.encode(books.held_out(name), add_special_tokens=False).ids
+        ids = held_out_ids(name)
         for start in np.linspace(0, len(ids) - length, windows, dtype=int):
             window = ids[start : start + length]
             row = torch.tensor([[tokenizer.token_to_id("<bos>"), *window]], device=device)

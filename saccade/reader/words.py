@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from random import Random
 
+from saccade.core.errors import InputError
 from saccade.reader.books import DATA
 
 # what names a fact, and what it states
@@ -40,7 +41,7 @@ class Words:
             return str(rng.randrange(1_000_000, 10_000_000))
         if kind == "hex":
             return f"{rng.getrandbits(32):08x}"
-        raise ValueError(f"unknown kind {kind!r}; known are pair, numbered, number, hex")
+        raise InputError(f"unknown kind {kind!r}; known are pair, numbered, number, hex")
 
     def distinct(self, rng: Random, kind: str, count: int) -> list[str]:
         """`count` different names of one kind."""
@@ -50,7 +51,7 @@ class Words:
                 break
             names[self.draw(rng, kind)] = None
         if len(names) < count:
-            raise ValueError(f"{count} different names of kind {kind!r} cannot be drawn from these words")
+            raise InputError(f"{count} different names of kind {kind!r} cannot be drawn from these words")
         return list(names)
 
     def similar(self, rng: Random, count: int) -> Words:
@@ -73,7 +74,7 @@ def words(split: str) -> Words:
         split: "train" or "test".
     """
     if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}; known are train, test")
+        raise InputError(f"unknown split {split!r}; known are train, test")
 
     def read(name: str) -> tuple[str, ...]:
         lines = (DATA / name).read_text(encoding="utf-8").split()

@@ -131,6 +131,11 @@ def head_slices(method: Method) -> None:
         others = [h for h in range(4) if h not in mine]
         same(got[:, :, mine], whole[:, :, mine])
         same(got[:, :, others], rest[:, :, others])
+    # as many key heads as the call has, but not the same ones
+    sequence, heads = stream(150, H=8, G=4), [0, 1, 2, 4]
+    if not policy:
+        got = run(method, sequence, heads=tuple(heads))
+        same(got[:, :, heads], run(method, sequence)[:, :, heads])
 
 
 def gqa(method: Method) -> None:

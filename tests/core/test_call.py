@@ -97,7 +97,7 @@ def test_tensors_that_do_not_fit(name):
 
 def test_a_call_for_other_tensors():
     q, k, v = tensors()
-    with pytest.raises(InputError, match="Call.of"):
+    with pytest.raises(InputError, match="use Call"):
         Call.of(q, k).check(q[:, :, :2], k, v)
     with pytest.raises(InputError, match="must be"):
         Call.of(q[0], k)

@@ -200,8 +200,10 @@ def test_a_row_without_keys_gives_zero(impl, grad):
         assert not out.o[:, :, rows].any() and out.lse[:, :, rows].isneginf().all()
         assert out.o.isfinite().all()
         if grad:
-            (out.o.sum() + out.lse.masked_fill(out.lse.isneginf(), 0.0).sum()).backward()
-            assert all(t.grad is None or t.grad.isfinite().all() for t in leaves)
+            total = out.o.sum() + out.lse.masked_fill(out.lse.isneginf(), 0.0).sum()
+            # where no row has a key there may be nothing to go back to
+            grads = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else ()
+            assert all(grad is None or grad.isfinite().all() for grad in grads)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -34,14 +34,11 @@ def png(shares: Tensor, ink: tuple[int, int, int] = INK) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in parts)
 
 
-def figure(
-    panels: Sequence[tuple[str, Tensor]], down: str, across: str, marks: Sequence[float] = (), label: str = ""
-) -> str:
+def figure(panels: Sequence[tuple[str, str, Tensor]], across: str, marks: Sequence[float] = (), label: str = "") -> str:
     """Panels side by side, two to a row, as one inline SVG.
 
     Args:
-        panels: (title, shares [rows, columns]).
-        down: what the rows are.
+        panels: (title, what the rows are, shares [rows, columns]).
         across: what the columns are.
         marks: places along the columns (0 to 1) with a small triangle under them.
         label: what the picture shows, for screen readers.
@@ -52,7 +49,7 @@ def figure(
     width = left + wide * side + (wide - 1) * gap + 4
     step = top + side + foot
     parts = []
-    for at, (title, shares) in enumerate(panels):
+    for at, (title, down, shares) in enumerate(panels):
         x, y = left + at % wide * (side + gap), at // wide * step + top
         data = base64.b64encode(png(shares)).decode()
         parts.append(
@@ -67,10 +64,9 @@ def figure(
         parts.append(
             f'<text x="{x + side}" y="{y + side + 24}" class="a" text-anchor="end">{html.escape(across)}</text>'
         )
-        if at % wide == 0:
-            parts.append(
-                f'<text transform="translate({x - 8} {y + side}) rotate(-90)" class="a">{html.escape(down)}</text>'
-            )
+        parts.append(
+            f'<text transform="translate({x - 7} {y + side}) rotate(-90)" class="a">{html.escape(down)}</text>'
+        )
     body = "".join(parts)
     return (
         f'<svg viewBox="0 0 {width} {tall * step - 8}" role="img" aria-label="{html.escape(label, quote=True)}" '

@@ -10,6 +10,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from torch import Tensor
+
 from saccade.core.table import METHODS, find
 from saccade.evaluate.demo import Demo, Shown
 from saccade.evaluate.report.image import figure
@@ -41,6 +43,7 @@ def page(demo: Demo, conditions: Mapping[str, str], warnings: Sequence[str] = ()
         lead=_lead(demo),
         warnings="".join(f'<p class="warn">{html.escape(line)}</p>' for line in warnings),
         rows="\n".join(_row(s.row, dense) for s in demo.shown),
+        how=html.escape(f"{READ} {KEPT} Triangles mark the planted facts."),
         pictures="\n".join(_picture(demo, s) for s in demo.shown),
         questions="\n".join(_question(demo, at) for at in range(len(demo.document.questions))),
         conditions="\n".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in conditions.items()),
@@ -56,11 +59,13 @@ def _lead(demo: Demo) -> str:
         f"{dense['ttft_s']:.2f} s to its first token."
     )
     if not equal:
-        return html.escape(first)
+        return html.escape(f"{first} No other method answers as many.")
     best = max(equal, key=lambda row: row["ttft_ratio"])
+    if best["ttft_ratio"] <= 1:
+        return html.escape(f"{first} No method that answers as many was faster.")
     return html.escape(
-        f"{first} The fastest method that answers as many, {best['method']}, needs {best['ttft_s']:.2f} s: "
-        f"{best['ttft_ratio']:.1f} times faster."
+        f"{first} The fastest method that answers as many, {best['method']}, takes {best['ttft_s']:.2f} s: it is "
+        f"{best['ttft_ratio']:.1f} times as fast and reads {_percent(best['density'])} of the pairs."
     )
 
 
@@ -84,26 +89,25 @@ def _row(row: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
 def _picture(demo: Demo, shown: Shown) -> str:
     name, plan, trace = shown.row["method"], shown.plan, shown.trace
     head = demo.head
+    panels = [_panel("queries", prefill_panel(trace, demo.layer, head))]
     if plan is None:
         other = next((h for h in trace.drawn if h != head), head)
-        panels = [prefill_panel(trace, demo.layer, head), prefill_panel(trace, demo.layer, other)]
-        how = MASS
-        extra = (
-            f" The left head is the one that looks hardest at the first fact when the question has been read; "
-            f"all pictures below are of this head, layer {demo.layer}, head {demo.head}."
-        )
+        panels.append(_panel("queries", prefill_panel(trace, demo.layer, other)))
+        how = f"{MASS} The left head is the one that looks hardest at the first fact once the question has been read."
     else:
-        panels = [prefill_panel(trace, demo.layer, head)]
-        how, extra = f"Left: {READ[0].lower()}{READ[1:]}", ""
+        how = f"Left: what layer {demo.layer}, head {head} reads in prefill."
         if trace.steps:
-            panels.append(kept_panel(trace))
-            extra = f" Right: {KEPT[0].lower()}{KEPT[1:]}"
-    drawing = figure(panels, "rows", "key position, start to end", demo.marks, label=f"what {name} looks at")
+            panels.append(_panel("layers and heads", kept_panel(trace)))
+            how += " Right: what all heads read for the last token."
+    drawing = figure(panels, "key position", demo.marks, label=f"what {name} looks at")
     return (
         f"<figure><h3>{html.escape(name)}</h3><p>{html.escape(_idea(name))}</p>{drawing}"
-        f"<figcaption>{html.escape(reading(trace, plan))} {html.escape(how + extra)}"
-        f" Triangles mark the planted facts.</figcaption></figure>"
+        f"<figcaption>{html.escape(reading(trace, plan))} {html.escape(how)}</figcaption></figure>"
     )
+
+
+def _panel(down: str, panel: tuple[str, Tensor]) -> tuple[str, str, Tensor]:
+    return panel[0], down, panel[1]
 
 
 def _question(demo: Demo, at: int) -> str:
@@ -144,4 +148,4 @@ def _percent(share: float | None) -> str:
 
 
 def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"<small>{ratio:.2f} times as fast</small>"
+    return "" if ratio is None else f"<small>{ratio:.2f}x</small>"

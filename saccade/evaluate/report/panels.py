@@ -14,13 +14,13 @@ MASS = (
     "of the softmax weight lies there. The blank upper right is the future."
 )
 READ = (
-    "Each row is a query token, the first at the top; each column is a key token. Dark cells are read, pale ones in "
-    "part, blank ones not at all; the upper right is the future."
+    "Prefill: each row is a query token, the first at the top; each column is a key token. Dark cells are read, pale "
+    "ones in part, blank ones not at all; the upper right is the future."
 )
 STEPS = "Each row is one generated token, the first at the top; each column is a part of the text before it."
 KEPT = (
-    "Each row is one head of one layer, the first layer at the top; each column is a part of the text. Dark is what "
-    "the head reads when the last token is generated."
+    "Last token: each row is one head of one layer, the first layer at the top; each column is a part of the text. "
+    "Dark is what the head reads when the last token is generated."
 )
 LAYER = (
     "Each row is an output token, each column an input token: how much the one depends on the other, the row's "
@@ -48,7 +48,7 @@ def steps_panel(trace: Trace, layer: int, head: int) -> tuple[str, Tensor]:
 
 def kept_panel(trace: Trace) -> tuple[str, Tensor]:
     """All layers and heads down, keys across, when the last token was generated."""
-    return "every layer and head, last token", trace.last_step()
+    return "all heads, last token", trace.last_step()
 
 
 def reading(trace: Trace, plan: Plan | None) -> str:

@@ -6,6 +6,8 @@ import difflib
 from importlib import import_module
 from typing import Any
 
+from saccade.core.errors import InputError
+
 TASKS = {
     "needle": "saccade.evaluate.tasks.needle:Needle",
     "kv": "saccade.evaluate.tasks.kv:KeyValue",
@@ -25,6 +27,6 @@ def load_task(name: str) -> Any:
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(TASKS)}"
-        raise ValueError(f"unknown task {name!r}; {hint}")
+        raise InputError(f"unknown task {name!r}; {hint}")
     module, cls = TASKS[name].split(":")
     return getattr(import_module(module), cls)()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Protocol
 
+from saccade.core.errors import InputError
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -72,7 +74,7 @@ def fit(
         front: whether to cut right after the special tokens (True) or at the end.
 
     Raises:
-        ValueError: where no size gives the target.
+        InputError: where no size gives the target.
     """
     prefix = list(tokenizer("")["input_ids"])
     low, high = 0, None
@@ -95,4 +97,6 @@ def fit(
         if guess == size:
             break
         size = guess
-    raise ValueError(f"no text of {target} tokens could be composed (last: {len(ids)} tokens at size {size})")
+    raise InputError(
+        f"no text of {target} tokens could be composed (last: {len(ids)} tokens); ask for a longer one, or fewer facts"
+    )

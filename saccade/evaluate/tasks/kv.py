@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+from saccade.core.errors import InputError
 from saccade.evaluate.tasks.base import Sample, exact, fit, source
 from saccade.reader.words import KEYS, VALUES, words
 
@@ -42,9 +43,9 @@ class KeyValue:
 
     def __post_init__(self):
         if self.key not in KEYS:
-            raise ValueError(f"KeyValue: unknown key {self.key!r}; known are {', '.join(KEYS)}")
+            raise InputError(f"KeyValue: unknown key {self.key!r}; known are {', '.join(KEYS)}")
         if self.value not in VALUES:
-            raise ValueError(f"KeyValue: unknown value {self.value!r}; known are {', '.join(VALUES)}")
+            raise InputError(f"KeyValue: unknown value {self.value!r}; known are {', '.join(VALUES)}")
 
     def sample(self, tokenizer: Any, length: int, index: int, seed: int = 0) -> Sample:
         rng = source(self.name, length, index, seed)
@@ -61,6 +62,7 @@ class KeyValue:
             return min(MARGIN + int(depth * (size - MARGIN)), size - 1)
 
         def compose(size: int) -> str:
+            size = max(size, MARGIN + 1)
             used.append(size)
             return "\n".join(lines[:size]) + "\n\n" + wording.format(key=keys[asked(size)])
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
 
+from saccade.core.errors import InputError
 from saccade.evaluate.tasks.base import Sample, exact, fit, source
 from saccade.reader.books import HELD_OUT, held_out
 from saccade.reader.words import VALUES, words
@@ -63,11 +64,11 @@ class Needle:
 
     def __post_init__(self):
         if self.book is not None and self.book not in HELD_OUT:
-            raise ValueError(f"Needle: unknown book {self.book!r}; known are {', '.join(HELD_OUT)}")
+            raise InputError(f"Needle: unknown book {self.book!r}; known are {', '.join(HELD_OUT)}")
         if self.depth is not None and not 0 <= self.depth <= 1:
-            raise ValueError(f"Needle: depth={self.depth} is not within 0..1")
+            raise InputError(f"Needle: depth={self.depth} is not within 0..1")
         if self.value not in VALUES:
-            raise ValueError(f"Needle: unknown value {self.value!r}; known are {', '.join(VALUES)}")
+            raise InputError(f"Needle: unknown value {self.value!r}; known are {', '.join(VALUES)}")
 
     def sample(self, tokenizer: Any, length: int, index: int, seed: int = 0) -> Sample:
         rng = source(self.name, length, index, seed)

@@ -59,8 +59,11 @@ def attend(
     pattern = Full() if pattern is None else pattern
     call = Call.of(q, k) if call is None else call
     call.check(q, k, v)
-    if key_bias is not None and (key_bias.ndim != 3 or key_bias.shape[2] != k.shape[2]):
-        raise InputError(f"attend: key_bias must be [B, heads, {k.shape[2]}], got {list(key_bias.shape)}")
+    pattern.check(call)
+    B, H, G, _, M = call.shape
+    bias = (1, 1, M) if key_bias is None else tuple(key_bias.shape)
+    if len(bias) != 3 or bias[0] not in {1, B} or bias[1] not in {1, G, H} or bias[2] != M:
+        raise InputError(f"attend: key_bias must be [1|{B}, 1|{G}|{H}, {M}], got {list(bias)}")
     if q.device.type == "cpu" and not torch.isfinite(q.detach()).all():
         bad = (~torch.isfinite(q.detach())).nonzero()
         raise InputError(

@@ -144,20 +144,19 @@ def _blocks(job: Job, pattern: Blocks) -> Out:
     read = torch.tensor([K for a, b, K in tiles for _ in range(a, b)], device=q.device)
     start = lines * bk
     edge = (lines < 0) | (start + bk > M) | (start + bk > first[:, None] + 1 if call.causal else False)
+    # a row that reads a whole block cannot be empty, and its softmax needs no second look
+    careful = [job.bias is not None or bool(job.without) or no for no in edge.all(1).tolist()]
     edge_line, edge_column = (edge & (columns < read[:, None])).nonzero(as_tuple=True)
     cuts = torch.searchsorted(edge_line, torch.tensor([0] + [b for _, b, _ in tiles], device=q.device)).tolist()
+    ways, way = _edges(start[edge_line, edge_column], first[edge_line], bq, bk, call)
+    where = base[:, None] + lines.clamp_min(0)
     outs = []
     for (a, b, K), lo, hi in zip(tiles, cuts, cuts[1:], strict=False):
         if K == 0:
             outs.append(Out(q.new_zeros(b - a, bq, Dv), _wide(q.new_full((b - a, bq), NEG_INF))))
             continue
-        picked = lines[a:b, :K]
-        line, column = edge_line[lo:hi], edge_column[lo:hi]
-        slots = start[line, column][:, None, None] + torch.arange(bk, device=q.device)
-        rows = first[line][:, None, None] + torch.arange(bq, device=q.device)[:, None]
-        hidden = (slots < 0) | (slots >= M) | ((slots > rows) & call.causal)
-        extra = _extra(job, picked, a, b, bq, bk)
-        at, where = (line - a, column), (base[a:b, None] + picked.clamp_min(0)).flatten()
+        extra = _extra(job, lines[a:b, :K], a, b, bq, bk)
+        at, mine = (edge_line[lo:hi] - a, edge_column[lo:hi]), where[a:b, :K].flatten()
 
         def tile(
             q: Tensor,
@@ -165,17 +164,19 @@ def _blocks(job: Job, pattern: Blocks) -> Out:
             v: Tensor,
             extra: Tensor | None,
             at: tuple[Tensor, Tensor] = at,
-            hidden: Tensor = hidden,
-            where: Tensor = where,
+            way: Tensor = way[lo:hi],
+            where: Tensor = mine,
             K: int = K,
+            look: bool = any(careful[a:b]),
         ) -> Out:
             keys = k.index_select(0, where).view(-1, K * bk, D)
             scores = torch.bmm(q, keys.transpose(1, 2))
-            blocks = scores.view(-1, bq, K, bk)
-            blocks[at[0], :, at[1]] = blocks[at[0], :, at[1]].masked_fill(hidden, NEG_INF)
+            if len(way):
+                blocks = scores.view(-1, bq, K, bk)
+                blocks[at[0], :, at[1]] = blocks[at[0], :, at[1]].masked_fill_(ways[way], NEG_INF)
             if extra is not None:
                 scores = scores + extra
-            return _softmax(scores, v.index_select(0, where).view(-1, K * bk, Dv), lse)
+            return _softmax(scores, v.index_select(0, where).view(-1, K * bk, Dv), lse, look)
 
         outs.append(_run(tile, q[a:b], k, v, extra))
     o = torch.cat([out.o for out in outs]).view(nq, B, H, bq, Dv).permute(1, 2, 0, 3, 4).reshape(B, H, nq * bq, Dv)
@@ -183,6 +184,20 @@ def _blocks(job: Job, pattern: Blocks) -> Out:
         return Out(o[:, :, :N])
     sums = torch.cat([out.lse for out in outs if out.lse is not None])
     return Out(o[:, :, :N], sums.view(nq, B, H, bq).permute(1, 2, 0, 3).reshape(B, H, nq * bq)[:, :, :N])
+
+
+def _edges(start: Tensor, first: Tensor, bq: int, bk: int, call: Call) -> tuple[Tensor, Tensor]:
+    """What edge blocks hide: all the ways in which a block can lie [ways, bq, bk], and each one's way [edges].
+
+    A causal edge is told by how far the key block starts behind the query block, any other by how many slots are real.
+    """
+    rows, slots = (torch.arange(n, device=start.device) for n in (bq, bk))
+    if call.causal:
+        apart = torch.arange(-bk, bq + 1, device=start.device)
+        ways = slots + apart[:, None, None] > rows[:, None]
+        return ways, torch.where(start < 0, bq, start - first).clamp(-bk, bq) + bk
+    ways = (slots >= torch.arange(bk + 1, device=start.device)[:, None, None]).expand(-1, bq, -1)
+    return ways, torch.where(start < 0, 0, call.shape.M - start).clamp(0, bk)
 
 
 def _tiles(used: list[int], entries: int) -> list[tuple[int, int, int]]:
@@ -225,7 +240,7 @@ def _hidden(line: int, slots: Tensor, bq: int, call: Call, without: tuple[Patter
     rows = (block * bq + torch.arange(bq, device=slots.device)).clamp(max=N - 1)
     found = torch.zeros((bq, len(slots)), dtype=torch.bool, device=slots.device)
     for part in without:
-        mine = part.heads((head,)).member(one, rows, slots[None, None, None]).expand(B, 1, bq, len(slots))
+        mine = part.heads((head,), call).member(one, rows, slots[None, None, None]).expand(B, 1, bq, len(slots))
         found = found | mine[row, 0]
     return found
 
@@ -339,7 +354,7 @@ def _per_head(job: Job, pattern: PerHead) -> Out:
     outs = []
     for heads, part in pattern.parts:
         kv = kv_heads(heads, share)
-        k, v = (t if len(kv) == job.call.shape.G else t[:, list(kv)] for t in (job.k, job.v))
+        k, v = (t if kv == tuple(range(t.shape[1])) else t[:, list(kv)] for t in (job.k, job.v))
         mine = replace(
             job,
             q=job.q[:, list(heads)],
@@ -347,7 +362,7 @@ def _per_head(job: Job, pattern: PerHead) -> Out:
             v=v,
             call=job.call.take(heads, kv),
             bias=None if job.bias is None else job.bias[:, list(heads)],
-            without=tuple(p.heads(heads) for p in job.without),
+            without=tuple(p.heads(heads, job.call) for p in job.without),
         )
         outs.append(_attend(mine, part))
     order = torch.tensor([h for heads, _ in pattern.parts for h in heads], device=job.q.device).argsort()
@@ -369,23 +384,24 @@ def _by_size(pattern: Window, call: Call) -> PerHead:
     return PerHead(tuple((tuple(ids), Window(*pair)) for pair, ids in heads.items()))
 
 
-def _softmax(scores: Tensor, v: Tensor, lse: bool) -> Out:
-    """Softmax over the last axis times v; rows of -inf give 0. scores [.., n, L], v [.., L, Dv]."""
+def _softmax(scores: Tensor, v: Tensor, lse: bool, careful: bool = True) -> Out:
+    """Softmax over the last axis times v; rows of -inf give 0 (careful). scores [.., n, L], v [.., L, Dv]."""
     if torch.is_grad_enabled() and scores.requires_grad:
         empty = scores.detach().amax(-1, keepdim=True).isneginf()
         weights = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
         sums = torch.logsumexp(_wide(scores.masked_fill(empty, 0.0)), -1, keepdim=True) if lse else None
-    else:
-        weights = torch.softmax(scores, -1)
+        return Out(weights.to(v.dtype) @ v, None if sums is None else sums.masked_fill(empty, NEG_INF).squeeze(-1))
+    weights = torch.softmax(scores, -1)
+    # the largest weight is exp(largest score - lse), so two cheap maxima give the lse
+    sums = _wide(scores.amax(-1, keepdim=True)) - _wide(weights.amax(-1, keepdim=True)).log() if lse else None
+    if careful:
         empty = weights[..., :1].isnan()
         if bool(empty.any()):
             # only rows of -inf: a row that is NaN for another reason stays NaN
             empty = empty & scores.amax(-1, keepdim=True).isneginf()
             weights = weights.masked_fill(empty, 0.0)
-        # the largest weight is exp(largest score - lse), so two cheap maxima give the lse
-        sums = _wide(scores.amax(-1, keepdim=True)) - _wide(weights.amax(-1, keepdim=True)).log() if lse else None
-    o = weights.to(v.dtype) @ v
-    return Out(o, None if sums is None else sums.masked_fill(empty, NEG_INF).squeeze(-1))
+            sums = None if sums is None else sums.masked_fill(empty, NEG_INF)
+    return Out(weights.to(v.dtype) @ v, None if sums is None else sums.squeeze(-1))
 
 
 def _wide(t: Tensor) -> Tensor:

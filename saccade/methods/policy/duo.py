@@ -48,8 +48,10 @@ class DuoAttention(CachePolicy):
     paper: ClassVar[str] = "DuoAttention, ICLR 2025, arXiv 2410.10819"
 
     def __post_init__(self) -> None:
-        if self.sink < 0 or self.recent < 1:
-            raise InputError(f"DuoAttention: sink must be >= 0 and recent >= 1, got {self.sink} and {self.recent}")
+        for name, least in (("sink", 0), ("recent", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"DuoAttention: {name} must be an int >= {least}, got {value!r}")
 
     def pattern(self, call: Call) -> Pattern:
         return Window(self.sink, self.recent)
