@@ -174,7 +174,7 @@ class Store:
 
     def __init__(self, policies: Sequence[tuple[Sequence[int], Keeper]], kv_heads: int) -> None:
         self.kv_heads = kv_heads
-        self.policies = [(tuple(heads), policy) for heads, policy in policies]
+        self.policies = [(tuple(sorted(heads)), policy) for heads, policy in policies]
         self.reset()
 
     def reset(self) -> None:

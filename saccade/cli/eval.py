@@ -33,13 +33,16 @@ def run(args: argparse.Namespace) -> Result:
     """Run what is not there yet, then show all rows."""
     from saccade.core.plan import read_text
     from saccade.evaluate.presets import CONTROLS, names_of
-    from saccade.evaluate.run import Ask
+    from saccade.evaluate.run import Ask, get_task
     from saccade.evaluate.run import run as evaluate
 
     plans = names_of(args.plans)
     methods = names_of([*(CONTROLS if args.controls else ()), *names_of(args.methods), *plans])
     if not methods:
         raise InputError("eval: nothing to compare; give --methods, --plans or --controls")
+    tasks = tuple(names_of(args.tasks))
+    for name in tasks:
+        get_task(name)
     loaded = load_model(args)
     for length in args.lengths:
         if line := loaded.beyond(length):
@@ -47,7 +50,7 @@ def run(args: argparse.Namespace) -> Result:
     ask = Ask(
         model=args.model,
         methods=tuple(methods),
-        tasks=tuple(names_of(args.tasks)),
+        tasks=tasks,
         lengths=tuple(dict.fromkeys(args.lengths)),
         samples=args.samples,
         seed=args.seed,

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> Result:
     title, shares = picture.panels[0]
     causal = picture.kind not in ("decode", "cache")
     lines = [
-        " ".join(describe(name)["idea"] for name in names),
+        textwrap.fill(" ".join(describe(name)["idea"] for name in names), 80),
         "",
         f"{title}",
         draw(shares, picture.down, picture.across, causal=causal),

@@ -174,7 +174,9 @@ class Plan:
             if not 0 < _typed(getattr(shape, name), int, f"{where}: model.{name}") <= 1 << 16:
                 raise PlanError(f"{where}: model.{name} must be 1 to 65536, got {str(getattr(shape, name))[:60]}")
         if shape.heads % shape.kv_heads:
-            raise PlanError(f"{where}: model: {shape.heads} heads cannot share {shape.kv_heads} kv_heads; use a multiple")
+            raise PlanError(
+                f"{where}: model: {shape.heads} heads cannot share {shape.kv_heads} kv_heads; use a multiple"
+            )
         _typed(shape.name, str, f"{where}: model.name")
         layers = []
         for at, row in enumerate(_typed(data.get("layers"), list, f"{where}: layers")):

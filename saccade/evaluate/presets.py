@@ -15,8 +15,6 @@ from saccade.reader.books import DATA
 
 PLANS = DATA / "plans"
 DENSE = "dense"
-# the paper chooses the layer that picks again by its lookups; the reader's lookups happen in its last layer
-FOUND: dict[str, dict[str, Any]] = {"tidal": {"correct": 7}}
 CONTROLS = (DENSE, "streaming", "random", "oracle")
 
 
@@ -144,7 +142,7 @@ def _single(name: str, shape: ModelShape, length: int, bundled: bool) -> Plan:
             "duo: which heads stream must be found for each model: make a plan with saccade.fit.duo, or read a "
             "published one with saccade.fit.published.from_duo, save it, and give the file"
         )
-    args = arguments(name, shape.layers, length) | (FOUND.get(name, {}) if bundled else {})
+    args = arguments(name, shape.layers, length)
     return Plan.uniform(shape, **{phase: (name, args) for phase in PHASES if phase in cls.phases})
 
 

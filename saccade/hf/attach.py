@@ -75,6 +75,8 @@ class Session:
         if self._hooks:
             _set_implementation(self.model, self._before)
         self._hooks = []
+        # what an exception in the middle of a forward left behind
+        self._now.clear()
 
     def __enter__(self) -> Session:
         return self
@@ -281,7 +283,8 @@ def _attention(
     session = _sessions.get(module)
     if session is None:
         raise UnsupportedError("attention 'saccade' was asked for on a model without a plan: attach(model, plan) first")
-    custom = attention_mask is not None and attention_mask.shape[-2] > 1
+    # ours is [B,1,1,M] of booleans; a caller's own mask may have one row too, and numbers to add
+    custom = attention_mask is not None and (attention_mask.shape[-2] > 1 or attention_mask.dtype != torch.bool)
     if not session.serves(module.layer_idx) or (custom and not isinstance(_own(session, module), StoreLayer)):
         dense: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return dense(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -346,6 +349,8 @@ def _attention_modules(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
 
 
 def _text_config(model: Any) -> Any:
+    if not hasattr(model, "config"):
+        raise UnsupportedError(f"attach: {type(model).__name__} is not a model of transformers (it has no config)")
     return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -212,6 +212,13 @@ def _first_heads(q: Tensor, k: Tensor, v: Tensor, call: Call, methods: Any, *res
     return _apply(q, k, v, call, methods, *rest)
 
 
+_kv_heads = apply_module.kv_heads
+
+
+def _first_key_heads(heads: Sequence[int], share: int) -> tuple[int, ...]:
+    return tuple(range(len(_kv_heads(heads, share))))
+
+
 @contextlib.contextmanager
 def _shared_state() -> Iterator[None]:
     # the keys of the newest prompt, whosever it was, are where every sequence finds them
@@ -268,7 +275,7 @@ MUTANTS: dict[str, Mutant] = {
     "batch_rows_mixed": Mutant(patched(tiled, "attend", _other_row), "dense", ("batch_of_two",)),
     "keys_without_gradient": Mutant(patched(tiled, "attend", _keys_without_gradient), "streaming", ("gradients",)),
     "query_written_into": Mutant(patched(tiled, "attend", _writes_into_q), "dense", ("inputs_unchanged",)),
-    "empty_row_is_nan": Mutant(patched(tiled, "_softmax", _unmasked_rows), "streaming", ("fully_masked_rows",)),
+    "empty_row_is_nan": Mutant(patched(tiled, "softmax", _unmasked_rows), "streaming", ("fully_masked_rows",)),
     "empty_slot_is_a_key": Mutant(patched(Call, "sees", _nothing_is_padding), "tidal", ("fully_masked_rows",)),
     "budget_ignored": Mutant(patched(Scorer, "select", _everything), "pooled", ("within_budget",)),
     "block_lost": Mutant(patched(Scorer, "select", _one_block_less), "pooled", ("dense_at_full_budget",)),
@@ -285,6 +292,7 @@ MUTANTS: dict[str, Mutant] = {
     "heads_renumbered": Mutant(
         lambda: mock.patch("saccade.testing.inputs.apply", _first_heads), "streaming", ("head_slices",)
     ),
+    "key_heads_by_count": Mutant(patched(apply_module, "kv_heads", _first_key_heads), "pooled", ("head_slices",)),
     "padding_is_a_key": Mutant(patched(Store, "append", _padding_is_real), "streaming", ("padding",)),
     "padding_of_another_row": Mutant(patched(Store, "append", _pads_like_row_0), "dense", ("padding",)),
     "wrong_slots_evicted": Mutant(

@@ -9,7 +9,7 @@ from saccade.core.call import Call
 from saccade.core.errors import InputError, UnsupportedError
 from saccade.core.pattern import Blocks, Full, PerHead, Tokens, Union, Window
 from saccade.kernels import attend as package
-from saccade.kernels.attend import attend, tiled
+from saccade.kernels.attend import attend, blocks, tiled
 
 SIZES = [(1, 1), (1, 130), (2, 65), (7, 7), (16, 64), (17, 129), (63, 64), (64, 64), (65, 65), (65, 128), (128, 129)]
 B, H, G = 2, 4, 2
@@ -141,6 +141,7 @@ def test_tile_size_changes_nothing(kind, tile, monkeypatch):
     pattern, call = make_pattern(kind, 70, 129, rng), Call.of(q, k)
     want = attend(q, k, v, pattern, call)
     monkeypatch.setattr(tiled, "TILE", tile)
+    monkeypatch.setattr(blocks, "TILE", tile)
     same(attend(q, k, v, pattern, call), want)
 
 

@@ -39,7 +39,7 @@ def save_panels(
     for at, (axis, (name, shares)) in enumerate(zip(axes, panels, strict=True)):
         wide, tall = extent or (shares.shape[1], shares.shape[0])
         axis.imshow(
-            shares.clamp(0, 1).sqrt(),  # single tokens in a long text must be seen
+            shares.clamp(0, 1).sqrt().numpy(),  # the root, because single tokens in a long text must be seen
             cmap="Blues",
             vmin=0,
             vmax=1,

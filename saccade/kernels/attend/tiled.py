@@ -7,33 +7,18 @@ the parts before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from saccade.core.call import Call, kv_heads
 from saccade.core.pattern import Blocks, Full, Pattern, PerHead, Tokens, Union, Window, per_head
+from saccade.kernels.attend.blocks import attend_blocks
+from saccade.kernels.attend.tile import NEG_INF, TILE, Job, run, softmax
 from saccade.kernels.merge import Out, merge
 
-TILE = 1 << 20
 PACKED = 16  # up to so many queries, the query heads that share a key head are packed into one matmul
-NEG_INF = float("-inf")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One attention call on its way: q is scaled, bias is [B,H,M], `without` holds pairs that are counted elsewhere."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    call: Call
-    bias: Tensor | None = None
-    lse: bool = True
-    without: tuple[Pattern, ...] = ()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: Call, bias: Tensor | None, lse: bool) -> Out:
@@ -57,7 +42,7 @@ def _attend(job: Job, pattern: Pattern) -> Out:
     if isinstance(pattern, Blocks) and min(PACKED, pattern.block_q) >= job.call.shape.N:
         return _tokens(job, _slots(pattern, job.call))
     if isinstance(pattern, Blocks):
-        return _blocks(job, pattern)
+        return attend_blocks(job, pattern)
     if isinstance(pattern, Tokens):
         return _tokens(job, pattern)
     if not job.without and job.call.causal and job.bias is None:
@@ -87,10 +72,10 @@ def _full(job: Job) -> Out:
             if future is not None:
                 tail = scores.view(B, G, H // G, n, -1)[..., -n:]
                 tail.masked_fill_(future, NEG_INF)
-            return _softmax(scores, v, lse)
+            return softmax(scores, v, lse)
 
         packed = q[:, :, a:b].reshape(B, G, H // G * (b - a), -1)
-        out = _run(tile, packed, k[:, :, :hi], v[:, :, :hi])
+        out = run(tile, packed, k[:, :, :hi], v[:, :, :hi])
         outs.append(_unpack(out, B, H, b - a))
     return _rows(outs)
 
@@ -115,134 +100,12 @@ def _window(job: Job, pattern: Window) -> Out:
             scores = q @ k.transpose(-1, -2)
             band = scores.view(B, G, H // G, n, -1)[..., far:]
             band.masked_fill_(hidden, NEG_INF)
-            return _softmax(scores, v, lse)
+            return softmax(scores, v, lse)
 
         near = [t[:, :, lo:hi] if far == 0 else torch.cat((t[:, :, :far], t[:, :, lo:hi]), 2) for t in (k, v)]
-        out = _run(tile, q[:, :, a:b].reshape(B, G, H // G * (b - a), -1), *near)
+        out = run(tile, q[:, :, a:b].reshape(B, G, H // G * (b - a), -1), *near)
         outs.append(_unpack(out, B, H, b - a))
     return _rows(outs)
-
-
-def _blocks(job: Job, pattern: Blocks) -> Out:
-    """Gather the key blocks of some query blocks, one batched matmul; only blocks at an edge are masked."""
-    q, k, v, call, lse = job.q, job.k, job.v, job.call, job.lse
-    B, H, G, N, M = call.shape
-    bq, bk = pattern.block_q, pattern.block_k
-    index = per_head(pattern.index, call).long().expand(B, H, -1, -1)
-    nq, nk = index.shape[2], -(-M // bk)
-    q = _pad(q, nq * bq).reshape(B, H, nq, bq, -1).permute(2, 0, 1, 3, 4).flatten(0, 2)
-    k, v = (_pad(t, nk * bk).reshape(B * G * nk, bk * t.shape[3]) for t in (k, v))
-    D, Dv = k.shape[1] // bk, v.shape[1] // bk
-    # one line per (query block, row, head), neighbours in the sequence side by side so that their lists are alike long
-    lines = index.permute(2, 0, 1, 3).flatten(0, 2)
-    kv_head = torch.arange(B * H, device=q.device) // (H // G) * nk
-    base = kv_head.repeat(nq)
-    first = torch.arange(nq, device=q.device).repeat_interleave(B * H) * bq + call.offset
-    columns = torch.arange(lines.shape[1], device=q.device)
-    used = (lines >= 0).int().mul(columns + 1).amax(1).tolist()
-    tiles = _tiles(used, bq * bk)
-    read = torch.tensor([K for a, b, K in tiles for _ in range(a, b)], device=q.device)
-    start = lines * bk
-    edge = (lines < 0) | (start + bk > M) | (start + bk > first[:, None] + 1 if call.causal else False)
-    # a row that reads a whole block cannot be empty, and its softmax needs no second look
-    careful = [job.bias is not None or bool(job.without) or no for no in edge.all(1).tolist()]
-    edge_line, edge_column = (edge & (columns < read[:, None])).nonzero(as_tuple=True)
-    cuts = torch.searchsorted(edge_line, torch.tensor([0] + [b for _, b, _ in tiles], device=q.device)).tolist()
-    ways, way = _edges(start[edge_line, edge_column], first[edge_line], bq, bk, call)
-    where = base[:, None] + lines.clamp_min(0)
-    outs = []
-    for (a, b, K), lo, hi in zip(tiles, cuts, cuts[1:], strict=False):
-        if K == 0:
-            outs.append(Out(q.new_zeros(b - a, bq, Dv), _wide(q.new_full((b - a, bq), NEG_INF))))
-            continue
-        extra = _extra(job, lines[a:b, :K], a, b, bq, bk)
-        at, mine = (edge_line[lo:hi] - a, edge_column[lo:hi]), where[a:b, :K].flatten()
-
-        def tile(
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            extra: Tensor | None,
-            at: tuple[Tensor, Tensor] = at,
-            way: Tensor = way[lo:hi],
-            where: Tensor = mine,
-            K: int = K,
-            look: bool = any(careful[a:b]),
-        ) -> Out:
-            keys = k.index_select(0, where).view(-1, K * bk, D)
-            scores = torch.bmm(q, keys.transpose(1, 2))
-            if len(way):
-                blocks = scores.view(-1, bq, K, bk)
-                blocks[at[0], :, at[1]] = blocks[at[0], :, at[1]].masked_fill_(ways[way], NEG_INF)
-            if extra is not None:
-                scores = scores + extra
-            return _softmax(scores, v.index_select(0, where).view(-1, K * bk, Dv), lse, look)
-
-        outs.append(_run(tile, q[a:b], k, v, extra))
-    o = torch.cat([out.o for out in outs]).view(nq, B, H, bq, Dv).permute(1, 2, 0, 3, 4).reshape(B, H, nq * bq, Dv)
-    if not lse:
-        return Out(o[:, :, :N])
-    sums = torch.cat([out.lse for out in outs if out.lse is not None])
-    return Out(o[:, :, :N], sums.view(nq, B, H, bq).permute(1, 2, 0, 3).reshape(B, H, nq * bq)[:, :, :N])
-
-
-def _edges(start: Tensor, first: Tensor, bq: int, bk: int, call: Call) -> tuple[Tensor, Tensor]:
-    """What edge blocks hide: all the ways in which a block can lie [ways, bq, bk], and each one's way [edges].
-
-    A causal edge is told by how far the key block starts behind the query block, any other by how many slots are real.
-    """
-    rows, slots = (torch.arange(n, device=start.device) for n in (bq, bk))
-    if call.causal:
-        apart = torch.arange(-bk, bq + 1, device=start.device)
-        ways = slots + apart[:, None, None] > rows[:, None]
-        return ways, torch.where(start < 0, bq, start - first).clamp(-bk, bq) + bk
-    ways = (slots >= torch.arange(bk + 1, device=start.device)[:, None, None]).expand(-1, bq, -1)
-    return ways, torch.where(start < 0, 0, call.shape.M - start).clamp(0, bk)
-
-
-def _tiles(used: list[int], entries: int) -> list[tuple[int, int, int]]:
-    """Cut lines into tiles (first, last, blocks read) of at most TILE scores, a multiple of the threads each."""
-    tiles, a, threads = [], 0, torch.get_num_threads()
-    while a < len(used):
-        K, b = used[a], a + 1
-        while b < len(used) and (b + 1 - a) * entries * max(K, used[b]) <= TILE:
-            K, b = max(K, used[b]), b + 1
-        if b < len(used) and b - a > threads:
-            b -= (b - a) % threads
-        tiles.append((a, b, max(used[a:b])))
-        a = b
-    return tiles
-
-
-def _extra(job: Job, picked: Tensor, a: int, b: int, bq: int, bk: int) -> Tensor | None:
-    """What is added to the scores of lines a to b of a block tile: key bias, and -inf for pairs counted elsewhere."""
-    if job.bias is None and not job.without:
-        return None
-    B, H, _, _, M = job.call.shape
-    slots = (picked.clamp_min(0)[..., None] * bk + torch.arange(bk, device=picked.device)).flatten(1).clamp(max=M - 1)
-    lines = torch.arange(a, b, device=picked.device)
-    row, head = lines % (B * H) // H, lines % H
-    extra = slots.new_zeros((), dtype=torch.float32).expand(b - a, bq, slots.shape[1])
-    if job.bias is not None:
-        extra = job.bias[row, head].gather(1, slots)[:, None].expand(-1, bq, -1)
-    if job.without:
-        hidden = torch.stack([_hidden(i, slots[i - a], bq, job.call, job.without) for i in range(a, b)])
-        extra = extra.masked_fill(hidden, NEG_INF)
-    return extra
-
-
-def _hidden(line: int, slots: Tensor, bq: int, call: Call, without: tuple[Pattern, ...]) -> Tensor:
-    """Pairs of one block line [bq, S] that other patterns count."""
-    B, H, _, N, _ = call.shape
-    block, head = divmod(line, B * H)
-    row, head = divmod(head, H)
-    one = call.take((head,), (head * call.shape.G // H,))
-    rows = (block * bq + torch.arange(bq, device=slots.device)).clamp(max=N - 1)
-    found = torch.zeros((bq, len(slots)), dtype=torch.bool, device=slots.device)
-    for part in without:
-        mine = part.heads((head,), call).member(one, rows, slots[None, None, None]).expand(B, 1, bq, len(slots))
-        found = found | mine[row, 0]
-    return found
 
 
 def _tokens(job: Job, pattern: Tokens) -> Out:
@@ -282,11 +145,11 @@ def _tokens(job: Job, pattern: Tokens) -> Out:
                 scores = scores + extra
             scores.masked_fill_(hidden, NEG_INF)
             if shared:
-                return _softmax(scores, values[:, :, 0], lse)
-            out = _softmax(scores[..., None, :], values, lse)
+                return softmax(scores, values[:, :, 0], lse)
+            out = softmax(scores[..., None, :], values, lse)
             return Out(out.o.squeeze(-2), None if out.lse is None else out.lse.squeeze(-1))
 
-        outs.append(_run(tile, q[:, :, a:b], k, v, extra))
+        outs.append(run(tile, q[:, :, a:b], k, v, extra))
     return _rows(outs)
 
 
@@ -341,9 +204,9 @@ def _masked(job: Job, pattern: Pattern) -> Out:
             if bias is not None:
                 scores = scores + bias[:, :, None]
             scores = scores.masked_fill(hidden, NEG_INF)
-            return _softmax(scores.view(B, G, H // G * n, M), v, lse)
+            return softmax(scores.view(B, G, H // G * n, M), v, lse)
 
-        out = _run(tile, q[:, :, a : a + n].reshape(B, G, H // G * n, -1), k, v, bias)
+        out = run(tile, q[:, :, a : a + n].reshape(B, G, H // G * n, -1), k, v, bias)
         outs.append(_unpack(out, B, H, n))
     return _rows(outs)
 
@@ -384,38 +247,6 @@ def _by_size(pattern: Window, call: Call) -> PerHead:
     return PerHead(tuple((tuple(ids), Window(*pair)) for pair, ids in heads.items()))
 
 
-def _softmax(scores: Tensor, v: Tensor, lse: bool, careful: bool = True) -> Out:
-    """Softmax over the last axis times v; rows of -inf give 0 (careful). scores [.., n, L], v [.., L, Dv]."""
-    if torch.is_grad_enabled() and scores.requires_grad:
-        empty = scores.detach().amax(-1, keepdim=True).isneginf()
-        weights = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
-        sums = torch.logsumexp(_wide(scores.masked_fill(empty, 0.0)), -1, keepdim=True) if lse else None
-        return Out(weights.to(v.dtype) @ v, None if sums is None else sums.masked_fill(empty, NEG_INF).squeeze(-1))
-    weights = torch.softmax(scores, -1)
-    # the largest weight is exp(largest score - lse), so two cheap maxima give the lse
-    sums = _wide(scores.amax(-1, keepdim=True)) - _wide(weights.amax(-1, keepdim=True)).log() if lse else None
-    if careful:
-        empty = weights[..., :1].isnan()
-        if bool(empty.any()):
-            # only rows of -inf: a row that is NaN for another reason stays NaN
-            empty = empty & scores.amax(-1, keepdim=True).isneginf()
-            weights = weights.masked_fill(empty, 0.0)
-            sums = None if sums is None else sums.masked_fill(empty, NEG_INF)
-    return Out(weights.to(v.dtype) @ v, None if sums is None else sums.squeeze(-1))
-
-
-def _wide(t: Tensor) -> Tensor:
-    """float32, or float64 if it was."""
-    return t if t.dtype == torch.float64 else t.float()
-
-
-def _run(tile: Callable[..., Out], *tensors: Tensor | None) -> Out:
-    """A tile; in training it is computed again in the backward pass instead of keeping its scores."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return checkpoint(tile, *tensors, use_reentrant=False)  # type: ignore[no-any-return]
-    return tile(*tensors)
-
-
 def _unpack(out: Out, B: int, H: int, n: int) -> Out:
     """From query heads packed on their kv head, [B, G, H/G*n, .], to [B, H, n, .]."""
     return Out(out.o.reshape(B, H, n, -1), None if out.lse is None else out.lse.reshape(B, H, n))
@@ -427,8 +258,3 @@ def _rows(outs: list[Out]) -> Out:
         return outs[0]
     sums = [out.lse for out in outs if out.lse is not None]
     return Out(torch.cat([out.o for out in outs], 2), torch.cat(sums, 2) if sums else None)
-
-
-def _pad(t: Tensor, length: int) -> Tensor:
-    """Zeros up to a length of the third axis."""
-    return t if t.shape[2] == length else torch.nn.functional.pad(t, (0, 0, 0, length - t.shape[2]))

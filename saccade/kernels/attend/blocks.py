@@ -1,0 +1,223 @@
+"""attend over Blocks: gather the key blocks of some query blocks, one batched matmul, softmax, one matmul.
+
+A line is one query block of one head with its list of key blocks. Blocks that every row of the line sees whole need no
+mask; only those at an edge (the diagonal, the end of the keys, empty entries) do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saccade.core.call import Call
+from saccade.core.pattern import Blocks, Pattern, per_head
+from saccade.kernels.attend.tile import NEG_INF, TILE, Job, run, softmax, training, wide
+from saccade.kernels.merge import Out, merge
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The lines of a call, neighbours in the sequence side by side so that their lists are alike long.
+
+    Shapes: q [lines, block_q, D]; k, v [B*G*key blocks, block_k * D]; index [lines, K]; base, first [lines].
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    index: Tensor
+    base: Tensor  # where each line's key head begins in k and v
+    first: Tensor  # position of each line's first row
+    bq: int
+    bk: int
+
+    @property
+    def edge(self) -> Tensor:
+        """Entries [lines, K] that need a mask; causal calls only."""
+        start = self.index * self.bk
+        return (self.index < 0) | (start + self.bk > self.first[:, None] + 1)
+
+
+def attend_blocks(job: Job, pattern: Blocks) -> Out:
+    """A contiguous call over Blocks."""
+    B, H, _, N, _ = job.call.shape
+    lines = _lines(job, pattern)
+    if _flash_serves(job):
+        edge = lines.edge
+        whole = _whole(lines, _left(lines.index, ~edge))
+        rest = _masked(job, lines, _left(lines.index, edge & (lines.index >= 0)), lse=True)
+        out = merge([whole, rest])
+    else:
+        out = _masked(job, lines, lines.index, job.lse)
+    nq, bq = pattern.index.shape[2], pattern.block_q
+    o = out.o.view(nq, B, H, bq, -1).permute(1, 2, 0, 3, 4).reshape(B, H, nq * bq, -1)[:, :, :N]
+    if not job.lse or out.lse is None:
+        return Out(o)
+    return Out(o, out.lse.view(nq, B, H, bq).permute(1, 2, 0, 3).reshape(B, H, nq * bq)[:, :, :N])
+
+
+def _lines(job: Job, pattern: Blocks) -> Lines:
+    B, H, G, N, M = job.call.shape
+    bq, bk = pattern.block_q, pattern.block_k
+    index = per_head(pattern.index, job.call).long().expand(B, H, -1, -1)
+    nq, nk = index.shape[2], -(-M // bk)
+    q = _pad(job.q, nq * bq).reshape(B, H, nq, bq, -1).permute(2, 0, 1, 3, 4).flatten(0, 2)
+    k, v = (_pad(t, nk * bk).reshape(B * G * nk, bk * t.shape[3]) for t in (job.k, job.v))
+    base = (torch.arange(B * H, device=q.device) // (H // G) * nk).repeat(nq)
+    first = torch.arange(nq, device=q.device).repeat_interleave(B * H) * bq + job.call.offset
+    return Lines(q, k, v, index.permute(2, 0, 1, 3).flatten(0, 2), base, first, bq, bk)
+
+
+def _flash_serves(job: Job) -> bool:
+    """float32 on a CPU: torch's own flash kernel beats two matmuls there; in bfloat16 it is the other way round."""
+    plain = job.bias is None and not job.without and job.call.causal and not training(job.q, job.k, job.v)
+    return plain and job.q.device.type == "cpu" and job.q.dtype == torch.float32 and job.k.shape[3] == job.v.shape[3]
+
+
+def _whole(lines: Lines, index: Tensor) -> Out:
+    """Blocks that need no mask: lines with equally long lists go through torch's flash kernel together."""
+    D = lines.q.shape[2]
+    o = torch.zeros_like(lines.q)
+    lse = lines.q.new_full(lines.q.shape[:2], NEG_INF)
+    used = (index >= 0).sum(1)
+    order = used.sort(stable=True).indices
+    cuts = torch.unique_consecutive(used[order], return_counts=True)
+    where = lines.base[:, None] + index.clamp_min(0)
+    at = 0
+    for K, count in zip(*(t.tolist() for t in cuts), strict=True):
+        step = max(1, TILE // (lines.bq * lines.bk * max(K, 1)))
+        for a in range(at, at + count if K else at, step):
+            mine = order[a : min(a + step, at + count)]
+            blocks = where[mine, :K].flatten()
+            keys, values = (t.index_select(0, blocks).view(len(mine), 1, K * lines.bk, D) for t in (lines.k, lines.v))
+            out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                lines.q[mine][:, None], keys, values, scale=1.0
+            )
+            o[mine], lse[mine] = out[:, 0], sums.view(len(mine), -1)
+        at += count
+    return Out(o, lse)
+
+
+def _masked(job: Job, lines: Lines, index: Tensor, lse: bool) -> Out:
+    """Any blocks: two matmuls, with a mask on the entries at an edge."""
+    M, bq, bk, Dv = job.call.shape.M, lines.bq, lines.bk, lines.v.shape[1] // lines.bk
+    columns = torch.arange(index.shape[1], device=index.device)
+    used = (index >= 0).int().mul(columns + 1).amax(1).tolist() if len(columns) else [0] * len(index)
+    tiles = _tiles(used, bq * bk)
+    read = torch.tensor([K for a, b, K in tiles for _ in range(a, b)], device=index.device)
+    start = index * bk
+    edge = (index < 0) | (start + bk > M)
+    if job.call.causal:
+        edge = edge | (start + bk > lines.first[:, None] + 1)
+    # a row that reads a whole block cannot be empty, and its softmax needs no second look
+    careful = [job.bias is not None or bool(job.without) or no for no in edge.all(1).tolist()]
+    edge_line, edge_column = (edge & (columns < read[:, None])).nonzero(as_tuple=True)
+    cuts = torch.searchsorted(edge_line, torch.tensor([0] + [b for _, b, _ in tiles], device=index.device)).tolist()
+    ways, way = _edges(start[edge_line, edge_column], lines.first[edge_line], bq, bk, job.call)
+    where = lines.base[:, None] + index.clamp_min(0)
+    outs = []
+    for (a, b, K), lo, hi in zip(tiles, cuts, cuts[1:], strict=False):
+        if K == 0:
+            empty = lines.q.new_zeros(b - a, bq, Dv), wide(lines.q.new_full((b - a, bq), NEG_INF))
+            outs.append(Out(*empty))
+            continue
+        extra = _extra(job, index[a:b, :K], a, b, bq, bk)
+        at, mine, look = (edge_line[lo:hi] - a, edge_column[lo:hi]), where[a:b, :K].flatten(), any(careful[a:b])
+
+        def tile(
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            extra: Tensor | None,
+            at: tuple[Tensor, Tensor] = at,
+            way: Tensor = way[lo:hi],
+            where: Tensor = mine,
+            K: int = K,
+            look: bool = look,
+        ) -> Out:
+            keys = k.index_select(0, where).view(len(q), K * bk, -1)
+            scores = torch.bmm(q, keys.transpose(1, 2))
+            if len(way):
+                blocks = scores.view(len(q), bq, K, bk)
+                blocks[at[0], :, at[1]] = blocks[at[0], :, at[1]].masked_fill_(ways[way], NEG_INF)
+            if extra is not None:
+                scores = scores + extra
+            return softmax(scores, v.index_select(0, where).view(len(q), K * bk, Dv), lse, look)
+
+        outs.append(run(tile, lines.q[a:b], lines.k, lines.v, extra))
+    o = torch.cat([out.o for out in outs])
+    sums = [out.lse for out in outs if out.lse is not None] if lse else []
+    return Out(o, torch.cat(sums) if sums else None)
+
+
+def _left(index: Tensor, keep: Tensor) -> Tensor:
+    """Lists with only the entries to keep, in order, the rest -1 and as short as the longest."""
+    order = (~keep).byte().sort(dim=1, stable=True).indices
+    longest = int(keep.sum(1).max())
+    return index.masked_fill(~keep, -1).gather(1, order)[:, :longest]
+
+
+def _edges(start: Tensor, first: Tensor, bq: int, bk: int, call: Call) -> tuple[Tensor, Tensor]:
+    """What edge blocks hide: all the ways in which a block can lie [ways, bq, bk], and each one's way [edges].
+
+    A causal edge is told by how far the key block starts behind the query block, any other by how many slots are real.
+    """
+    rows, slots = (torch.arange(n, device=start.device) for n in (bq, bk))
+    if call.causal:
+        apart = torch.arange(-bk, bq + 1, device=start.device)
+        ways = slots + apart[:, None, None] > rows[:, None]
+        return ways, torch.where(start < 0, bq, start - first).clamp(-bk, bq) + bk
+    ways = (slots >= torch.arange(bk + 1, device=start.device)[:, None, None]).expand(-1, bq, -1)
+    return ways, torch.where(start < 0, 0, call.shape.M - start).clamp(0, bk)
+
+
+def _tiles(used: list[int], entries: int) -> list[tuple[int, int, int]]:
+    """Cut lines into tiles (first, last, blocks read) of at most TILE scores, a multiple of the threads each."""
+    tiles, a, threads = [], 0, torch.get_num_threads()
+    while a < len(used):
+        K, b = used[a], a + 1
+        while b < len(used) and (b + 1 - a) * entries * max(K, used[b]) <= TILE:
+            K, b = max(K, used[b]), b + 1
+        if b < len(used) and b - a > threads:
+            b -= (b - a) % threads
+        tiles.append((a, b, max(used[a:b])))
+        a = b
+    return tiles
+
+
+def _extra(job: Job, picked: Tensor, a: int, b: int, bq: int, bk: int) -> Tensor | None:
+    """What is added to the scores of lines a to b of a block tile: key bias, and -inf for pairs counted elsewhere."""
+    if job.bias is None and not job.without:
+        return None
+    B, H, _, _, M = job.call.shape
+    slots = (picked.clamp_min(0)[..., None] * bk + torch.arange(bk, device=picked.device)).flatten(1).clamp(max=M - 1)
+    lines = torch.arange(a, b, device=picked.device)
+    row, head = lines % (B * H) // H, lines % H
+    extra = slots.new_zeros((), dtype=torch.float32).expand(b - a, bq, slots.shape[1])
+    if job.bias is not None:
+        extra = job.bias[row, head].gather(1, slots)[:, None].expand(-1, bq, -1)
+    if job.without:
+        hidden = torch.stack([_hidden(i, slots[i - a], bq, job.call, job.without) for i in range(a, b)])
+        extra = extra.masked_fill(hidden, NEG_INF)
+    return extra
+
+
+def _hidden(line: int, slots: Tensor, bq: int, call: Call, without: tuple[Pattern, ...]) -> Tensor:
+    """Pairs of one block line [bq, S] that other patterns count."""
+    B, H, _, N, _ = call.shape
+    block, head = divmod(line, B * H)
+    row, head = divmod(head, H)
+    one = call.take((head,), (head * call.shape.G // H,))
+    rows = (block * bq + torch.arange(bq, device=slots.device)).clamp(max=N - 1)
+    found = torch.zeros((bq, len(slots)), dtype=torch.bool, device=slots.device)
+    for part in without:
+        mine = part.heads((head,), call).member(one, rows, slots[None, None, None]).expand(B, 1, bq, len(slots))
+        found = found | mine[row, 0]
+    return found
+
+
+def _pad(t: Tensor, length: int) -> Tensor:
+    """Zeros up to a length of the third axis."""
+    return t if t.shape[2] == length else torch.nn.functional.pad(t, (0, 0, 0, length - t.shape[2]))

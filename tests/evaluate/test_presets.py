@@ -1,0 +1,92 @@
+import json
+
+import pytest
+import torch
+
+from saccade.core.call import Call
+from saccade.core.errors import FileError, PlanError
+from saccade.core.plan import Assign, ModelShape, Plan
+from saccade.core.table import METHODS, find
+from saccade.evaluate import presets
+from saccade.evaluate.model import Loaded
+from saccade.evaluate.presets import note, phases, preset, read_plan, resolve
+
+SHAPE = ModelShape(8, 4, 2)
+PLANNED = [name for name in METHODS if "layer" not in find(name).phases and name != "duo"]
+
+
+@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("shape", [SHAPE, ModelShape(1, 2, 1), ModelShape(32, 32, 8)])
+def test_every_method_stands_in_every_phase_it_serves(name, shape):
+    plan = preset(name, shape, 4096)
+    assert phases(plan) == set(find(name).phases)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("length", [8192, 32768])
+@pytest.mark.parametrize("name", [n for n in PLANNED if n != "dense" and "prefill" in find(n).phases])
+def test_reads_about_a_tenth(name, length):
+    method = preset(name, ModelShape(1, 1, 1), length).phase(0, "prefill")[0].build(length)
+    if name == "oracle" and length > 8192:
+        pytest.skip("the oracle forms all scores, which takes too long here")
+    q, k = torch.randn(2, 1, 1, length, 4).unbind(0)
+    call = Call.of(q, k)
+    assert 0.02 < method.select(q, k, call).density(call) < 0.15
+
+
+def test_layers_and_unfitted_methods_are_refused_with_the_way_out():
+    with pytest.raises(PlanError, match="own weights"):
+        preset("lightning", SHAPE, 4096)
+    with pytest.raises(PlanError, match=r"saccade\.fit\.duo"):
+        preset("duo", SHAPE, 4096)
+    with pytest.raises(PlanError, match="did you mean 'minference'"):
+        preset("streaming+minferense", SHAPE, 4096)
+
+
+def test_heads_of_a_policy_follow_it_beside_other_methods(monkeypatch, tmp_path):
+    rows = [[Assign((1,), "duo", {}, "cache")], *([[]] * 7)]
+    Plan.per_head(SHAPE, rows).save(tmp_path / "duo.json")
+    monkeypatch.setattr(presets, "PLANS", tmp_path)
+    plan = preset("streaming+duo", SHAPE, 4096, bundled=True)
+    assert [(a.method, a.heads, a.phase) for a in plan.layers[0]] == [
+        ("streaming", (0, 1), "prefill"),
+        ("streaming", (0, 1), "decode"),
+        ("duo", (1,), "cache"),
+    ]
+    assert [a.heads for a in plan.layers[1]] == [None, None]
+
+
+def test_a_shipped_plan_is_for_the_reader_alone(monkeypatch, tmp_path):
+    Plan.uniform(SHAPE, prefill=("streaming", {"sink": 7, "recent": 9})).save(tmp_path / "streaming.json")
+    monkeypatch.setattr(presets, "PLANS", tmp_path)
+    assert preset("streaming", SHAPE, 4096, bundled=True).layers[0][0].args == {"sink": 7, "recent": 9}
+    assert preset("streaming", SHAPE, 4096).layers[0][0].args["sink"] == 64
+
+
+def test_what_is_left_dense_is_said():
+    assert note(preset("minference", SHAPE, 4096)) == "decode dense"
+    assert note(preset("tidal", SHAPE, 4096)) == "prefill dense"
+    assert note(preset("streaming", SHAPE, 4096)) == ""
+    assert note(None) == "stock transformers"
+
+
+def test_resolve_reads_files_and_names(tiny, tmp_path):
+    assert resolve("dense", tiny, 512) is None
+    plan = preset("streaming", tiny.model, 512)
+    plan.save(tmp_path / "a.json")
+    assert resolve(str(tmp_path / "a.json"), tiny, 512) == plan
+    preset("streaming", SHAPE, 512).save(tmp_path / "other.json")
+    with pytest.raises(PlanError, match="8 layers"):
+        resolve(str(tmp_path / "other.json"), Loaded("tiny", tiny.model, None), 512)
+    with pytest.raises(FileError, match="no such file"):
+        resolve(str(tmp_path / "none.json"), tiny, 512)
+
+
+def test_published_files_are_known_by_their_content(tmp_path):
+    (tmp_path / "m.json").write_text(json.dumps([{"0": ["stream_llm", 10, 20, 0.5], "1": ["block_sparse", 5, 0, 0.1]}]))
+    assert [a.method for a in read_plan(str(tmp_path / "m.json")).layers[0]] == ["streaming", "pooled"]
+    (tmp_path / "d.tsv").write_text("0.1\t0.9\n0.8\t0.2\n")
+    assert [row[0].heads for row in read_plan(str(tmp_path / "d.tsv")).layers] == [(0,), (1,)]
+    (tmp_path / "x.txt").write_text("hello")
+    with pytest.raises(PlanError, match="line 1"):
+        read_plan(str(tmp_path / "x.txt"))
