@@ -6,8 +6,8 @@ from pathlib import Path
 import saccade
 
 ROOT = Path(saccade.__file__).parent
-FLOORS = ["core", "kernels", "cache", "methods", "nn", "hf", "fit", "analysis", "evaluate", "reader", "parallel"]
-FLOORS += ["cli", "testing"]
+FLOORS = ["core", "kernels", "cache", "methods", "nn", "hf", "fit", "analysis", "reader", "evaluate", "recipe"]
+FLOORS += ["parallel", "cli", "testing"]
 ALLOWED = {}  # (file, module): why
 
 

@@ -79,12 +79,13 @@ def run(args: argparse.Namespace) -> Result:
         warn(str(error))
         path = None
     title, shares = picture.panels[0]
+    places = [mark / picture.extent[0] for mark in picture.marks] if picture.extent else []
     causal = picture.kind not in ("decode", "cache")
     lines = [
         textwrap.fill(" ".join(describe(name)["idea"] for name in names), 80),
         "",
         f"{title}",
-        draw(shares, picture.down, picture.across, causal=causal),
+        draw(shares, picture.down, picture.across, causal=causal, marks=places),
         "",
         textwrap.fill(picture.how, 80),
     ]

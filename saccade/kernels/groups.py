@@ -10,9 +10,7 @@ from saccade.core.errors import InputError
 from saccade.core.pattern import Groups, per_head
 
 
-def attend_groups(
-    q: Tensor, k: Tensor, v: Tensor, groups: Groups, call: Call | None = None, *, itself: bool = True
-) -> tuple[Tensor, Tensor]:
+def attend_groups(q: Tensor, k: Tensor, v: Tensor, groups: Groups, call: Call | None = None) -> tuple[Tensor, Tensor]:
     """Softmax attention inside each group, then the mean over the groups of a query.
 
     Queries of group c attend the keys of group c, as far as positions allow: causality compares the gathered absolute
@@ -26,8 +24,6 @@ def attend_groups(
         v: values; their width may differ from the keys'.
         groups: rows and slots of each group, distinct within a group; -1 = empty.
         call: positions, scale, causality; None = causal, the queries are the last N of the M keys.
-        itself: whether a query sees the key at its own position like any other (True), or only where it sees no other:
-            with shared queries and keys, q·q would win the softmax.
 
     Shapes:
         q [B,H,N,D], k [B,G,M,D], v [B,G,M,Dv], groups.q_index [B,H,C,W], groups.k_index [B,H,C,W2]
@@ -56,9 +52,6 @@ def attend_groups(
     k_pos = per_head(k_pos, call).expand(B, H, -1)
     k_at = _gather(k_pos, k_index, q_head).masked_fill(k_index < 0, -1)
     seen = call.sees(q_at[..., :, None], k_at[..., None, :])
-    if not itself:
-        others = seen & (q_at[..., :, None] != k_at[..., None, :])
-        seen = torch.where(others.any(-1, keepdim=True), others, seen)
 
     near_q = _gather(q, q_index, q_head) * call.softmax_scale(q.shape[3])
     scores = near_q @ _gather(k, k_index, kv_head).transpose(-1, -2)

@@ -21,10 +21,12 @@ from saccade import reader
 from saccade.core.errors import FileError, InputError
 from saccade.evaluate.tasks.needle import Needle
 from saccade.nn import Attention
-from saccade.reader import books, export, score
-from saccade.reader.mixture import SHARES, TAGS, WEIGHTS, Mixture
-from saccade.reader.model import Shape
+from saccade.reader import books
 from saccade.reader.words import KEYS, VALUES, words
+from saccade.recipe import export, score
+from saccade.recipe.books import tokenise
+from saccade.recipe.mixture import SHARES, TAGS, WEIGHTS, Mixture
+from saccade.recipe.model import Shape
 
 SHARED = Path(saccade.__file__).parents[2] / "shared" / "data" / "books"
 SMALL = Shape(width=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_width=48)
@@ -42,7 +44,7 @@ def no_network(monkeypatch):
 @pytest.fixture(scope="module")
 def raw():
     pytest.importorskip("tokenizers")
-    from saccade.reader.tokenizer import raw
+    from saccade.recipe.tokenizer import raw
 
     return raw()
 
@@ -121,7 +123,7 @@ def test_held_out_books_are_never_trained_on(tmp_path):
 
 def test_tokens_of_a_book_are_those_of_its_text(raw):
     text = "One day.\n\nIt rained; 42 ducks.\n\nEnd."
-    row = books.tokenise([("a", text), ("b", "Next.")], raw)
+    row = tokenise([("a", text), ("b", "Next.")], raw)
     assert raw.decode(row.tolist(), skip_special_tokens=False) == f"<bos>{text}<bos>Next."
     assert row[1:-3].tolist()[: len(raw.encode(text).ids) - 1] == raw.encode(text).ids[1:]
 
@@ -229,7 +231,7 @@ def test_spans_stay_within_a_book(mixture):
 
 def test_training_resumes_after_a_stage(ids, tmp_path, capsys):
     pytest.importorskip("transformers")
-    from saccade.reader import train
+    from saccade.recipe import train
 
     stages = (train.Stage(128, 4, 0.5), train.Stage(256, 2, 0.5))
     options = {"shape": SMALL, "workers": 0, "device": "cpu", "compiled": False}
@@ -250,7 +252,7 @@ def test_training_resumes_after_a_stage(ids, tmp_path, capsys):
 
 
 def test_steps_learn(mixture):
-    from saccade.reader.train import Stage, Stream, optimizers, token_losses
+    from saccade.recipe.train import Stage, Stream, optimizers, token_losses
 
     torch.manual_seed(0)
     model, weights = SMALL.build(), torch.tensor(WEIGHTS)
@@ -272,7 +274,7 @@ def test_steps_learn(mixture):
 
 
 def test_the_rate_warms_up_stays_and_falls():
-    from saccade.reader.train import WARM_UP, rate
+    from saccade.recipe.train import WARM_UP, rate
 
     assert rate(0.0, 0) == pytest.approx(1 / WARM_UP)
     assert rate(0.3, WARM_UP) == rate(0.49, 10**6) == 1.0
@@ -281,7 +283,7 @@ def test_the_rate_warms_up_stays_and_falls():
 
 
 def test_losses_by_hand():
-    from saccade.reader.train import by_tag
+    from saccade.recipe.train import by_tag
 
     losses, tags = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([[0, 1, 3, 3]], dtype=torch.uint8)
     assert by_tag(losses, tags) == {"text": 1.0, "needle": 3.0}

@@ -59,7 +59,9 @@ def reading(trace: Trace, plan: Plan | None) -> str:
     for phase in ("prefill", "decode"):
         share, mass = trace.density(phase), trace.meter.kept(phase)
         if share is not None:
-            kept = "" if mass is None else f" and keeps {mass:.1%} of the attention weight"
+            # what a policy evicted has no weight any more that could be missed
+            gone = mass is None or (phase == "decode" and plan is not None and "cache" in phases(plan))
+            kept = "" if gone else f" and keeps {mass:.1%} of the attention weight"
             parts.append(f"{phase} reads {share:.1%} of what dense attention reads{kept}")
     said = "; ".join(parts)
     return f"{said[:1].upper()}{said[1:]}." if said else "Nothing was measured: the method answers by itself."

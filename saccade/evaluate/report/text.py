@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,9 @@ UNREAD = "·"
 COLUMNS = 64
 
 
-def draw(shares: Tensor, down: str, across: str, causal: bool = True, rows: int = 32) -> str:
+def draw(
+    shares: Tensor, down: str, across: str, causal: bool = True, rows: int = 32, marks: Sequence[float] = ()
+) -> str:
     """Shares [rows, columns] in [0, 1] as lines of shades.
 
     Args:
@@ -19,6 +23,7 @@ def draw(shares: Tensor, down: str, across: str, causal: bool = True, rows: int 
         across: what the columns are.
         causal: the upper right half is the future, left blank; what may be read and is not is a dot.
         rows: most lines.
+        marks: places along the columns, 0 to 1, with a triangle in the lower border.
 
     Example:
         >>> print(draw(torch.eye(2), "queries", "keys"))
@@ -37,7 +42,10 @@ def draw(shares: Tensor, down: str, across: str, causal: bool = True, rows: int 
         future = [causal and j * height >= (i + 1) * width for j in range(width)]
         cells = "".join(" " if late and not value else _shade(value) for value, late in zip(row, future, strict=True))
         lines.append(f"{label[i]}│{cells}│")
-    lines.append(f"{label[height]}└{'─' * width}┘")
+    under = ["─"] * width
+    for mark in marks:
+        under[min(width - 1, int(mark * width))] = "▲"
+    lines.append(f"{label[height]}└{''.join(under)}┘")
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -1,6 +1,6 @@
 """Our weights under Llama's names and back: what `AutoModelForCausalLM` loads.
 
-Run `python -m saccade.reader.export --checkpoint FILE --out DIR` to export a checkpoint of the trainer.
+Run `python -m saccade.recipe.export --checkpoint FILE --out DIR` to export a checkpoint of the trainer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saccade.nn import Transformer
 from saccade.reader.books import DATA
-from saccade.reader.model import Shape
+from saccade.recipe.model import Shape
 
 # ours -> Llama's; the rest of a name stays as it is
 NAMES = (

@@ -1,6 +1,6 @@
 """The reader's tokenizer: byte-level BPE of 4096, in which every digit and every newline is a token of its own.
 
-Run `python -m saccade.reader.tokenizer --books DIR` to train it again into the package data.
+Run `python -m saccade.recipe.tokenizer --books DIR` to train it again into the package data.
 """
 
 from __future__ import annotations

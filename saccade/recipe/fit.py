@@ -1,6 +1,6 @@
 """Fit the reader's own plans, `data/plans/*.json`: which heads stream, and which pattern suits which head.
 
-Run `python -m saccade.reader.fit --out DIR [--device cuda]`. The documents are of the needle task, with seeds that no
+Run `python -m saccade.recipe.fit --out DIR [--device cuda]`. The documents are of the needle task, with seeds that no
 evaluation uses.
 """
 

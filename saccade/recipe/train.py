@@ -1,6 +1,6 @@
 """Train the reader: four stages of growing length, within a given number of minutes, on one GPU.
 
-Run `python -m saccade.reader.train --books BOOKS --out DIR --minutes 8`. BOOKS is a folder of `.txt` files or the
+Run `python -m saccade.recipe.train --books BOOKS --out DIR --minutes 8`. BOOKS is a folder of `.txt` files or the
 `.npy` file that `python -m saccade.reader.books` makes of it. A run that was cut off goes on after its last stage.
 """
 
@@ -24,10 +24,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from saccade.nn import Transformer
-from saccade.reader import books, export
-from saccade.reader.mixture import TAGS, WEIGHTS, Mixture
-from saccade.reader.model import Shape
-from saccade.reader.tokenizer import raw
+from saccade.reader import books
+from saccade.recipe import export
+from saccade.recipe.books import tokenise
+from saccade.recipe.mixture import TAGS, WEIGHTS, Mixture
+from saccade.recipe.model import Shape
+from saccade.recipe.tokenizer import raw
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,7 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     if Path(args.books).is_dir():
-        ids = books.tokenise(books.training(args.books), raw())
+        ids = tokenise(books.training(args.books), raw())
     else:
         ids = np.load(args.books)
     print(f"{len(ids):,} tokens of books", flush=True)

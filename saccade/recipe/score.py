@@ -1,6 +1,6 @@
 """The reader's acceptance test: lookups at every claimed length, with their controls, and held-out bits per byte.
 
-Run `python -m saccade.reader.score --model DIR --out score.json`; about a minute on a GPU.
+Run `python -m saccade.recipe.score --model DIR --out score.json`; about a minute on a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from saccade.evaluate.tasks.base import Sample
 from saccade.evaluate.tasks.kv import KeyValue
 from saccade.evaluate.tasks.needle import Needle
 from saccade.nn import Attention, Transformer
-from saccade.reader import books, export
+from saccade.reader import books
+from saccade.recipe import export
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 WINDOW, SINK = 512, 16

@@ -1,0 +1,1 @@
+"""How the reader was made: tokenizer, training data, trainer, export, acceptance test, fitted plans."""
