@@ -47,5 +47,7 @@ def merge(outs: Sequence[Out]) -> Out:
     lse = torch.logsumexp(lses.masked_fill(empty, 0.0), 0)
     weights = torch.exp(lses - lse)
     dtype = outs[0].o.dtype
-    o = sum((out.o.to(lse.dtype) * w[..., None] for out, w in zip(outs, weights, strict=True)), torch.zeros(()).to(lse))
+    o = outs[0].o.to(lse.dtype) * weights[0, ..., None]
+    for out, weight in zip(outs[1:], weights[1:], strict=True):
+        o = torch.addcmul(o, out.o.to(lse.dtype), weight[..., None])
     return Out(o.to(dtype), lse.masked_fill(empty, float("-inf")))

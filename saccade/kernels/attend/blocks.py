@@ -19,9 +19,11 @@ from saccade.kernels.merge import Out, merge
 
 @dataclass(frozen=True)
 class Lines:
-    """The lines of a call, neighbours in the sequence side by side so that their lists are alike long.
+    """The lines of a call: rows of the batch, heads, query blocks, in this order.
 
-    Shapes: q [lines, block_q, D]; k, v [B*G*key blocks, block_k * D]; index [lines, K]; base, first [lines].
+    Query heads that share a key head and its lists are one line, their rows one below the other.
+
+    Shapes: q [lines, rows, D]; k, v [B*G*key blocks, block_k * D]; index [lines, K]; base, first [lines].
     """
 
     q: Tensor
@@ -42,8 +44,10 @@ class Lines:
 
 def attend_blocks(job: Job, pattern: Blocks) -> Out:
     """A contiguous call over Blocks."""
-    B, H, _, N, _ = job.call.shape
-    lines = _lines(job, pattern)
+    B, H, G, N, _ = job.call.shape
+    shared = pattern.index.shape[1] in {1, G} and job.bias is None and not job.without
+    heads = G if shared else H
+    lines = _lines(job, pattern, heads)
     if _flash_serves(job):
         edge = lines.edge
         whole = _whole(lines, _left(lines.index, ~edge))
@@ -51,23 +55,25 @@ def attend_blocks(job: Job, pattern: Blocks) -> Out:
         out = merge([whole, rest])
     else:
         out = _masked(job, lines, lines.index, job.lse)
-    nq, bq = pattern.index.shape[2], pattern.block_q
-    o = out.o.view(nq, B, H, bq, -1).permute(1, 2, 0, 3, 4).reshape(B, H, nq * bq, -1)[:, :, :N]
-    if not job.lse or out.lse is None:
-        return Out(o)
-    return Out(o, out.lse.view(nq, B, H, bq).permute(1, 2, 0, 3).reshape(B, H, nq * bq)[:, :, :N])
+
+    def back(t: Tensor) -> Tensor:
+        t = t.view(B, heads, -1, H // heads, pattern.block_q, t.shape[2])
+        return t.transpose(2, 3).reshape(B, H, -1, t.shape[5])[:, :, :N]
+
+    return Out(back(out.o), back(out.lse[..., None]).squeeze(-1) if job.lse and out.lse is not None else None)
 
 
-def _lines(job: Job, pattern: Blocks) -> Lines:
+def _lines(job: Job, pattern: Blocks, heads: int) -> Lines:
     B, H, G, N, M = job.call.shape
-    bq, bk = pattern.block_q, pattern.block_k
-    index = per_head(pattern.index, job.call).long().expand(B, H, -1, -1)
+    bq, bk, D = pattern.block_q, pattern.block_k, job.q.shape[3]
+    index = pattern.index if heads == G else per_head(pattern.index, job.call)
+    index = index.long().expand(B, heads, -1, -1)
     nq, nk = index.shape[2], -(-M // bk)
-    q = _pad(job.q, nq * bq).reshape(B, H, nq, bq, -1).permute(2, 0, 1, 3, 4).flatten(0, 2)
+    q = _pad(job.q, nq * bq).reshape(B, heads, H // heads, nq, bq, D).transpose(2, 3)
     k, v = (_pad(t, nk * bk).reshape(B * G * nk, bk * t.shape[3]) for t in (job.k, job.v))
-    base = (torch.arange(B * H, device=q.device) // (H // G) * nk).repeat(nq)
-    first = torch.arange(nq, device=q.device).repeat_interleave(B * H) * bq + job.call.offset
-    return Lines(q, k, v, index.permute(2, 0, 1, 3).flatten(0, 2), base, first, bq, bk)
+    base = (torch.arange(B * heads, device=q.device) // (heads // G) * nk).repeat_interleave(nq)
+    first = (torch.arange(nq, device=q.device) * bq + job.call.offset).repeat(B * heads)
+    return Lines(q.reshape(B * heads * nq, -1, D), k, v, index.flatten(0, 2), base, first, bq, bk)
 
 
 def _flash_serves(job: Job) -> bool:
@@ -87,7 +93,7 @@ def _whole(lines: Lines, index: Tensor) -> Out:
     where = lines.base[:, None] + index.clamp_min(0)
     at = 0
     for K, count in zip(*(t.tolist() for t in cuts), strict=True):
-        step = max(1, TILE // (lines.bq * lines.bk * max(K, 1)))
+        step = max(1, TILE // (lines.q.shape[1] * lines.bk * max(K, 1)))
         for a in range(at, at + count if K else at, step):
             mine = order[a : min(a + step, at + count)]
             blocks = where[mine, :K].flatten()
@@ -102,10 +108,10 @@ def _whole(lines: Lines, index: Tensor) -> Out:
 
 def _masked(job: Job, lines: Lines, index: Tensor, lse: bool) -> Out:
     """Any blocks: two matmuls, with a mask on the entries at an edge."""
-    M, bq, bk, Dv = job.call.shape.M, lines.bq, lines.bk, lines.v.shape[1] // lines.bk
+    M, rows, bk, Dv = job.call.shape.M, lines.q.shape[1], lines.bk, lines.v.shape[1] // lines.bk
     columns = torch.arange(index.shape[1], device=index.device)
     used = (index >= 0).int().mul(columns + 1).amax(1).tolist() if len(columns) else [0] * len(index)
-    tiles = _tiles(used, bq * bk)
+    tiles = _tiles(used, rows * bk)
     read = torch.tensor([K for a, b, K in tiles for _ in range(a, b)], device=index.device)
     start = index * bk
     edge = (index < 0) | (start + bk > M)
@@ -115,15 +121,15 @@ def _masked(job: Job, lines: Lines, index: Tensor, lse: bool) -> Out:
     careful = [job.bias is not None or bool(job.without) or no for no in edge.all(1).tolist()]
     edge_line, edge_column = (edge & (columns < read[:, None])).nonzero(as_tuple=True)
     cuts = torch.searchsorted(edge_line, torch.tensor([0] + [b for _, b, _ in tiles], device=index.device)).tolist()
-    ways, way = _edges(start[edge_line, edge_column], lines.first[edge_line], bq, bk, job.call)
+    ways, way = _edges(start[edge_line, edge_column], lines.first[edge_line], lines, job.call)
     where = lines.base[:, None] + index.clamp_min(0)
     outs = []
     for (a, b, K), lo, hi in zip(tiles, cuts, cuts[1:], strict=False):
         if K == 0:
-            empty = lines.q.new_zeros(b - a, bq, Dv), wide(lines.q.new_full((b - a, bq), NEG_INF))
+            empty = lines.q.new_zeros(b - a, rows, Dv), wide(lines.q.new_full((b - a, rows), NEG_INF))
             outs.append(Out(*empty))
             continue
-        extra = _extra(job, index[a:b, :K], a, b, bq, bk)
+        extra = _extra(job, index[a:b, :K], a, b, lines.bq, bk)
         at, mine, look = (edge_line[lo:hi] - a, edge_column[lo:hi]), where[a:b, :K].flatten(), any(careful[a:b])
 
         def tile(
@@ -140,7 +146,7 @@ def _masked(job: Job, lines: Lines, index: Tensor, lse: bool) -> Out:
             keys = k.index_select(0, where).view(len(q), K * bk, -1)
             scores = torch.bmm(q, keys.transpose(1, 2))
             if len(way):
-                blocks = scores.view(len(q), bq, K, bk)
+                blocks = scores.view(len(q), rows, K, bk)
                 blocks[at[0], :, at[1]] = blocks[at[0], :, at[1]].masked_fill_(ways[way], NEG_INF)
             if extra is not None:
                 scores = scores + extra
@@ -159,17 +165,18 @@ def _left(index: Tensor, keep: Tensor) -> Tensor:
     return index.masked_fill(~keep, -1).gather(1, order)[:, :longest]
 
 
-def _edges(start: Tensor, first: Tensor, bq: int, bk: int, call: Call) -> tuple[Tensor, Tensor]:
-    """What edge blocks hide: all the ways in which a block can lie [ways, bq, bk], and each one's way [edges].
+def _edges(start: Tensor, first: Tensor, lines: Lines, call: Call) -> tuple[Tensor, Tensor]:
+    """What edge blocks hide: all the ways in which a block can lie [ways, rows, bk], and each one's way [edges].
 
     A causal edge is told by how far the key block starts behind the query block, any other by how many slots are real.
     """
-    rows, slots = (torch.arange(n, device=start.device) for n in (bq, bk))
+    bq, bk, rows = lines.bq, lines.bk, torch.arange(lines.q.shape[1], device=start.device) % lines.bq
+    slots = torch.arange(bk, device=start.device)
     if call.causal:
         apart = torch.arange(-bk, bq + 1, device=start.device)
         ways = slots + apart[:, None, None] > rows[:, None]
         return ways, torch.where(start < 0, bq, start - first).clamp(-bk, bq) + bk
-    ways = (slots >= torch.arange(bk + 1, device=start.device)[:, None, None]).expand(-1, bq, -1)
+    ways = (slots >= torch.arange(bk + 1, device=start.device)[:, None, None]).expand(-1, len(rows), -1)
     return ways, torch.where(start < 0, 0, call.shape.M - start).clamp(0, bk)
 
 
@@ -193,8 +200,9 @@ def _extra(job: Job, picked: Tensor, a: int, b: int, bq: int, bk: int) -> Tensor
         return None
     B, H, _, _, M = job.call.shape
     slots = (picked.clamp_min(0)[..., None] * bk + torch.arange(bk, device=picked.device)).flatten(1).clamp(max=M - 1)
+    count = -(-job.call.shape.N // bq)
     lines = torch.arange(a, b, device=picked.device)
-    row, head = lines % (B * H) // H, lines % H
+    row, head = lines // (H * count), lines // count % H
     extra = slots.new_zeros((), dtype=torch.float32).expand(b - a, bq, slots.shape[1])
     if job.bias is not None:
         extra = job.bias[row, head].gather(1, slots)[:, None].expand(-1, bq, -1)
@@ -207,7 +215,7 @@ def _extra(job: Job, picked: Tensor, a: int, b: int, bq: int, bk: int) -> Tensor
 def _hidden(line: int, slots: Tensor, bq: int, call: Call, without: tuple[Pattern, ...]) -> Tensor:
     """Pairs of one block line [bq, S] that other patterns count."""
     B, H, _, N, _ = call.shape
-    block, head = divmod(line, B * H)
+    head, block = divmod(line, -(-N // bq))
     row, head = divmod(head, H)
     one = call.take((head,), (head * call.shape.G // H,))
     rows = (block * bq + torch.arange(bq, device=slots.device)).clamp(max=N - 1)

@@ -87,7 +87,6 @@ class RoutingAttention(Layer):
         commitment: float = 1e-4,
         ema: float = 0.999,
         scale: float | None = None,
-        itself: bool = False,
         rope_base: float = 10_000.0,
     ):
         super().__init__()
@@ -104,7 +103,6 @@ class RoutingAttention(Layer):
             raise InputError(f"RoutingAttention: head_dim={head_dim} must be even for rotary positions")
         self.heads, self.local_heads, self.head_dim = heads, local_heads, head_dim
         self.clusters, self.window, self.recent = clusters, window, recent
-        self.itself = itself
         self.commitment, self.ema, self.scale, self.rope_base = commitment, ema, scale, rope_base
         self.route_proj = nn.Linear(width, (heads - local_heads) * head_dim, bias=False)
         self.q_proj = nn.Linear(width, local_heads * head_dim, bias=False) if local_heads else None
@@ -145,7 +143,7 @@ class RoutingAttention(Layer):
         # members ascend, so those of the last N tokens are among the last N of a cluster; of the others no row is asked
         rows = index[..., -N:] - (M - N)
         groups = Groups(rows.masked_fill(rows < 0, -1), index)
-        return attend_groups(q, keys, v, groups, Call.of(q, keys, scale=self.scale), itself=self.itself)[0]
+        return attend_groups(q, keys, v, groups, Call.of(q, keys, scale=self.scale))[0]
 
     def _loss(self, q: Tensor) -> Tensor:
         """Mean squared distance to the nearest centroid; taking its gradient moves the centroids."""
@@ -153,8 +151,7 @@ class RoutingAttention(Layer):
         head = torch.arange(q.shape[1], device=q.device)[:, None]
         loss = self.commitment * (q - self.centroids[head, nearest].to(q.dtype)).square().mean()
         if loss.requires_grad:
-            # in backward, because it runs once where checkpointing runs forward twice, which must see one and the same
-            # set of centroids; and never runs in evaluation
+            # backward runs once where checkpointing runs forward twice, and both runs must see the same centroids
             loss.register_hook(self._update(q.detach().float(), nearest))
         return loss
 
@@ -162,7 +159,8 @@ class RoutingAttention(Layer):
     def _update(self, q: Tensor, nearest: Tensor) -> Callable[[Tensor], None]:
         """What moves each centroid towards the mean direction of its tokens; one without tokens stays."""
         chosen = F.one_hot(nearest, self.clusters)
-        target = normalise(torch.einsum("bhnc,bhnd->hcd", chosen.float(), q))
+        with torch.autocast(q.device.type, enabled=False):
+            target = normalise(torch.einsum("bhnc,bhnd->hcd", chosen.float(), q))
         step = (1.0 - self.ema) * chosen.sum((0, 2)).gt(0)[..., None]
 
         def update(_: Tensor) -> None:
@@ -174,7 +172,8 @@ class RoutingAttention(Layer):
     @torch.no_grad()
     def _affinity(self, q: Tensor) -> Tensor:
         """q [B,Hr,M,D] times the centroids -> [B,Hr,M,clusters]; between equal norms larger is nearer."""
-        return q.float() @ self.centroids.transpose(-1, -2)
+        with torch.autocast(q.device.type, enabled=False):
+            return q.float() @ self.centroids.transpose(-1, -2)
 
     def _split(self, t: Tensor) -> Tensor:
         return t.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
