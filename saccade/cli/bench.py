@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=positive, default=4, help="query heads (4)")
     parser.add_argument("--kv-heads", type=positive, default=2, help="key heads (2)")
     parser.add_argument("--width", type=positive, default=64, help="channels of a head (64)")
-    parser.add_argument("--block", type=positive, default=64, help="rows and keys of a block (64)")
+    parser.add_argument("--block", type=positive, default=128, help="rows and keys of a block (128)")
     parser.add_argument("--repeat", type=positive, default=5, help="turns, of which the medians are shown (5)")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's own choice)")
 

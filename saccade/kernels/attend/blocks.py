@@ -14,7 +14,7 @@ from torch import Tensor
 from saccade.core.call import Call
 from saccade.core.pattern import Blocks, Pattern, per_head
 from saccade.kernels.attend.tile import NEG_INF, TILE, Job, run, softmax, training, wide
-from saccade.kernels.merge import Out, merge
+from saccade.kernels.merge import Out
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,8 @@ def attend_blocks(job: Job, pattern: Blocks) -> Out:
     lines = _lines(job, pattern, heads)
     if _flash_serves(job):
         edge = lines.edge
-        whole = _whole(lines, _left(lines.index, ~edge))
-        rest = _masked(job, lines, _left(lines.index, edge & (lines.index >= 0)), lse=True)
-        out = merge([whole, rest])
+        out = _masked(job, lines, _left(lines.index, edge & (lines.index >= 0)), lse=True)
+        out = _whole(lines, _left(lines.index, ~edge), out)
     else:
         out = _masked(job, lines, lines.index, job.lse)
 
@@ -82,11 +81,10 @@ def _flash_serves(job: Job) -> bool:
     return plain and job.q.device.type == "cpu" and job.q.dtype == torch.float32 and job.k.shape[3] == job.v.shape[3]
 
 
-def _whole(lines: Lines, index: Tensor) -> Out:
-    """Blocks that need no mask: lines with equally long lists go through torch's flash kernel together."""
-    D = lines.q.shape[2]
-    o = torch.zeros_like(lines.q)
-    lse = lines.q.new_full(lines.q.shape[:2], NEG_INF)
+def _whole(lines: Lines, index: Tensor, rest: Out) -> Out:
+    """Add the blocks that need no mask to a result: lines with equally long lists go through the kernel together."""
+    o, lse, D = rest.o, rest.lse, lines.q.shape[2]
+    assert lse is not None
     used = (index >= 0).sum(1)
     order = used.sort(stable=True).indices
     cuts = torch.unique_consecutive(used[order], return_counts=True)
@@ -101,7 +99,10 @@ def _whole(lines: Lines, index: Tensor) -> Out:
             out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 lines.q[mine][:, None], keys, values, scale=1.0
             )
-            o[mine], lse[mine] = out[:, 0], sums.view(len(mine), -1)
+            # merged while it is in cache: the share of the whole blocks is a sigmoid of the two sums
+            sums, other = sums.view(len(mine), -1), lse[mine]
+            o[mine] = torch.lerp(o[mine], out[:, 0], torch.sigmoid(sums - other)[..., None])
+            lse[mine] = torch.logaddexp(sums, other)
         at += count
     return Out(o, lse)
 
