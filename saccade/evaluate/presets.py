@@ -116,7 +116,7 @@ def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
     recent, first = max(64, length // 24), min(2, layers // 4)
     return {
         "streaming": {"sink": 64, "recent": recent},
-        "trishape": {"sink": 64, "recent": recent},
+        "trishape": {"sink": 64, "recent": max(256, length // 64)},
         # the nearest 100 offsets are read in any case; each one beyond may cost two blocks of 64
         "minference": {"columns": max(64, length // 32), "diagonals": 101 + length // 8192},
         # shares of all keys: early queries have fewer, so about twice the share is what is read of the causal half

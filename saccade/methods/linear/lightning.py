@@ -17,8 +17,8 @@ class LightningAttention(Layer):
     Qin et al. 2024, arXiv 2405.17381 (TransNormerLLM: arXiv 2307.14995; code: OpenNLPLab/lightning-attention).
 
     q and k go through SiLU; a head sums exp(-slope (t - j)) (q_t·k_j) v_j over j <= t without a denominator, so the sum
-    grows with the context and a norm over the merged heads follows. A sigmoid gate weighs the channels. Slopes are those
-    of ALiBi, steepest in the first layer and almost 0 in the last: low layers see near, high layers far.
+    grows with the context and a norm over the merged heads follows. A sigmoid gate weighs the channels. Slopes are
+    those of ALiBi, steepest in the first layer and almost 0 in the last: low layers see near, high layers far.
 
     Args:
         width: channels of the input and output.

@@ -35,8 +35,8 @@ class RoutingAttention(Layer):
     A routing head has one projection for queries and keys, normalised to norm sqrt(D). Each of its `clusters` centroids
     takes the `window` tokens nearest to it, so clusters are balanced and a token is in none, one or several; tokens
     attend causally within a cluster, and a token's output is the mean over its clusters, 0 in none. Local heads attend
-    to the `recent` last tokens with rotary positions. In training the centroids follow the mean of the tokens nearest to
-    them, when the gradient of the returned loss is taken: add the loss to yours, or they stand still.
+    to the `recent` last tokens with rotary positions. In training the centroids follow the mean of the tokens nearest
+    to them, when the gradient of the returned loss is taken: add the loss to yours, or they stand still.
 
     Choosing members compares tokens with later ones, so `forward` over a whole sequence is not strictly causal: a later
     token may push an earlier one out of a cluster. With `state`, membership is chosen anew over all tokens so far, and

@@ -186,7 +186,8 @@ def test_head_sets_do_not_mix():
 def test_a_missing_pick_is_said():
     q, k = torch.randn(1, 4, 1, 4), torch.randn(1, 4, 50, 4)
     method, step = TidalDecode(budget=8, first=2, correct=4), {}
-    with pytest.raises(InputError, match=r"TidalDecode: layer 3 reads what layer 2 picked for heads \[0, 1, 2, 3\], but none"):
+    said = r"TidalDecode: layer 3 reads what layer 2 picked for heads \[0, 1, 2, 3\], but none"
+    with pytest.raises(InputError, match=said):
         method.select(q, k, Call.of(q, k, layer=3, step=step))
     method.select(q, k, Call.of(q, k, layer=2, step=step))
     method.select(q, k, Call.of(q, k, layer=3, step=step))

@@ -20,7 +20,8 @@ def loop(layer, x):
     H, D = layer.heads, layer.head_dim
     out = []
     for row in x:
-        q, k, v = (F.silu(row @ layer.q_proj.weight.T), F.silu(row @ layer.k_proj.weight.T), row @ layer.v_proj.weight.T)
+        q, k, v = (row @ m.weight.T for m in (layer.q_proj, layer.k_proj, layer.v_proj))
+        q, k = F.silu(q), F.silu(k)
         o = torch.zeros_like(v)
         for h in range(H):
             part = slice(h * D, (h + 1) * D)
