@@ -75,8 +75,9 @@ class TidalDecode(Selector):
         if pick is None or layer != source:
             seen = "none was made" if layer is None else f"the newest is layer {layer}'s"
             raise InputError(
-                f"TidalDecode: layer {call.layer} reads what layer {source} picked for heads {list(call.heads)}, "
-                f"but {seen} in this forward; put tidal in every layer from {self.first} on for the same heads, and run layers in order"
+                f"TidalDecode: layer {call.layer} reads what layer {source} picked for heads {list(call.heads)}, but "
+                f"{seen} in this forward; put tidal in every layer from {self.first} on for the same heads, and run "
+                "layers in order"
             )
         return pick
 
