@@ -143,9 +143,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "recall-cpu.json")
     args = parser.parse_args()
     runs = []
-    print(f"{'layer':26} {'seed':>4} {'entries/row':>11} {'steps':>6} {"CPU s":>8}  right of {TESTED} sequences")
+    print(f"{'layer':26} {'seed':>4} {'entries/row':>11} {'steps':>6} {'CPU s':>8}  right of {TESTED} sequences")
     for seed in args.seeds:
-        for kind in args.only:
         for kind in args.only:
             model, start = make(kind, seed), time.process_time()
             steps, curve = train(model, seed, args.steps)
