@@ -43,7 +43,9 @@ def test_an_edited_plan_file_is_noticed(saccade, tiny, tmp_path):
 def test_a_real_ctrl_c_keeps_finished_cells_and_the_run_goes_on(tiny, tmp_path):
     argv = [sys.executable, "-m", "saccade", "eval", "--model", tiny, "--methods", "dense,streaming,trishape"]
     argv += ["--lengths", "400,512,640", "--samples", "3", "--threads", "1", "--out", str(tmp_path)]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a shell that starts jobs in the background lets them ignore Ctrl-C, and children inherit that
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard)
     until = time.monotonic() + 60
     while not rows_of(tmp_path) and time.monotonic() < until:
         time.sleep(0.02)
