@@ -14,6 +14,7 @@ from saccade.nn import Attention, Transformer
 LENGTH, PAIRS, VOCAB = 32, 3, 16
 # 2 clusters of 16 and 3 tokens nearby: 2 * 136 / 32 + 2.9 + 2 centroids over two halves of heads, under 7 a row
 CLUSTERS, MEMBERS, NEAR, WINDOW = 2, 16, 3, 8
+BATCH, RATE = 16, 3e-3
 
 
 class Nearby(Attention):
@@ -47,11 +48,11 @@ def learn(kind, steps, enough=0.75):
             # std 0.02 is for wide models
             p.mul_(5.0 if p.ndim == 2 else 1.0)
     before = [m.layer.centroids.clone() for m in model.blocks if kind == "routing"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.1, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, betas=(0.9, 0.98))
     rng, seen = torch.Generator().manual_seed(3), 0.0
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, (step + 1) / 60)
-        logits, want, own = shares(model, 16, rng)
+        optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / 60)
+        logits, want, own = shares(model, BATCH, rng)
         loss = F.cross_entropy(logits, want)
         optimizer.zero_grad()
         (loss if own is None else loss + own).backward()
