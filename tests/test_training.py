@@ -11,10 +11,10 @@ from saccade.methods.linear.lightning import LightningAttention
 from saccade.methods.sparse.routing import RoutingAttention
 from saccade.nn import Attention, Transformer
 
-LENGTH, PAIRS, VOCAB = 32, 3, 16
+LENGTH, PAIRS, VOCAB = 32, 3, 12
 # 2 clusters of 16 and 3 tokens nearby: 2 * 136 / 32 + 2.9 + 2 centroids over two halves of heads, under 7 a row
 CLUSTERS, MEMBERS, NEAR, WINDOW = 2, 16, 3, 8
-BATCH, RATE = 16, 3e-3
+BATCH, RATE = 32, 3e-3
 
 
 class Nearby(Attention):
@@ -34,14 +34,14 @@ def mixer(kind, layer):
 
 def shares(model, batch, rng):
     """Logits, right answers and the layers' loss for one batch."""
-    ids, labels = recall_batch(batch, LENGTH, PAIRS, VOCAB, rng)
+    ids, labels = recall_batch(batch, LENGTH, PAIRS, VOCAB, rng, power=4.0)  # asked far behind
     out, asked = model.hidden(ids), labels != IGNORE
     return model.head(out.y[asked]), labels[asked], out.loss
 
 
-def learn(kind, steps, enough=0.75):
+def learn(kind, steps=800, enough=0.8):
     """Share of right answers in 500 new sequences, after training until `enough` or for `steps`."""
-    torch.manual_seed(2)
+    torch.manual_seed(0)
     model = Transformer(VOCAB, 64, [mixer(kind, i) for i in range(2)], mlp_width=64)
     with torch.no_grad():
         for p in model.parameters():
@@ -71,7 +71,7 @@ def learn(kind, steps, enough=0.75):
 
 @pytest.mark.slow
 def test_routing_and_lightning_recall_what_a_window_cannot_see():
-    near = learn("window", 300)
-    assert near < 0.35
-    assert learn("routing", 1500) > near + 0.3
-    assert learn("lightning", 1500) > near + 0.3
+    near = learn("window")
+    assert near < 0.3
+    assert learn("routing") > near + 0.4
+    assert learn("lightning") > near + 0.4
