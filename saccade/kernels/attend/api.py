@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def attend(
     Raises:
         InputError: shapes, dtypes or devices that do not fit, an empty axis, or (on a CPU, where looking costs
             nothing) NaN or infinity in q.
-        UnsupportedError: impl="triton": its kernels are not part of this version.
+        UnsupportedError: impl="triton" where its kernels do not serve the call; the message says what is missing.
 
     Example:
         >>> q, k = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
@@ -70,10 +70,24 @@ def attend(
             f"attend: q holds NaN or infinity in {len(bad)} places, the first at [batch, head, query, width] "
             f"{bad[0].tolist()} (layer {call.layer}); look at the layer before"
         )
-    if impl == "triton":
-        raise UnsupportedError("attend: impl='triton' is not part of this version; use 'tiled' or 'auto'")
+    if impl not in ("auto", "reference", "tiled", "triton"):
+        raise InputError(f"attend: impl must be 'auto', 'reference', 'tiled' or 'triton', got {impl!r}")
     if impl == "reference":
         return reference.attend(q, k, v, pattern, call, key_bias)
-    if impl not in ("auto", "tiled"):
-        raise InputError(f"attend: impl must be 'auto', 'reference', 'tiled' or 'triton', got {impl!r}")
+    if impl == "triton" or (impl == "auto" and q.is_cuda):
+        gpu = _triton()
+        refused = "Triton is not installed" if gpu is None else gpu.refuses(q, k, v, pattern, call, key_bias)
+        if gpu is not None and refused is None:
+            return gpu.attend(q, k, v, pattern, call, key_bias, lse)  # type: ignore[no-any-return]
+        if impl == "triton":
+            raise UnsupportedError(f"attend: impl='triton' does not serve this call: {refused}; use 'tiled' or 'auto'")
     return tiled.attend(q, k, v, pattern, call, key_bias, lse)
+
+
+def _triton() -> Any:
+    """The GPU kernels, or None where Triton is not installed."""
+    try:
+        from saccade.kernels.attend import triton
+    except ImportError:
+        return None
+    return triton

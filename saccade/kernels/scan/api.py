@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ def scan(
             (lightning attention, retention), per token (gated), or per token and key channel (GLA).
         state: where to go on; None = zeros.
         chunk: tokens that are handled by matrix products among themselves; the result does not depend on it.
-        impl: "reference" (token by token, slow), "chunked" (plain PyTorch, any device), "auto" (the best there is).
+        impl: "reference" (token by token, slow), "chunked" (plain PyTorch, any device), "triton" (GPU), "auto" (the
+            best there is).
             A named implementation never gives way to another.
 
     Shapes:
@@ -47,7 +48,7 @@ def scan(
     Raises:
         InputError: shapes, dtypes or devices that do not fit, an empty axis, or (on a CPU, where looking costs
             nothing) a decay that is positive or not finite.
-        UnsupportedError: impl="triton": its kernels are not part of this version.
+        UnsupportedError: impl="triton" where its kernels do not serve the call; the message says what is missing.
 
     Example:
         >>> one = torch.ones(1, 1, 4, 1)
@@ -60,10 +61,15 @@ def scan(
     log = torch.zeros(1, 1, 1, 1, device=q.device) if decay is None else decay
     log = log[None, :, None, None] if log.ndim == 1 else log[..., None] if log.ndim == 3 else log
     start = torch.zeros(B, H, D, v.shape[3], device=q.device) if state is None else state
-    if impl == "triton":
-        raise UnsupportedError("scan: impl='triton' is not part of this version; use 'chunked' or 'auto'")
-    if impl not in ("auto", "chunked", "reference"):
+    if impl not in ("auto", "chunked", "reference", "triton"):
         raise InputError(f"scan: impl must be 'auto', 'reference', 'chunked' or 'triton', got {impl!r}")
+    if impl == "triton" or (impl == "auto" and q.is_cuda):
+        gpu = _triton()
+        refused = "Triton is not installed" if gpu is None else gpu.refuses(q, k, v, log, start)
+        if gpu is not None and refused is None:
+            return gpu.scan(q, k, v, log, start)  # type: ignore[no-any-return]
+        if impl == "triton":
+            raise UnsupportedError(f"scan: impl='triton' does not serve this call: {refused}; use 'chunked' or 'auto'")
     # autocast would round the products of float32 sums to half precision
     with torch.autocast(q.device.type, enabled=False):
         args = (q.to(wide), k.to(wide), v.to(wide), log.to(wide), start.to(wide))
@@ -107,3 +113,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor 
             f"scan: decay is the log of a factor, finite and <= 0, got values from {decay.min().item():g} "
             f"to {decay.max().item():g}; a slope s >= 0 is decay=-s, a gate g is decay=log(g)"
         )
+
+
+def _triton() -> Any:
+    """The GPU kernels, or None where Triton is not installed."""
+    try:
+        from saccade.kernels.scan import triton
+    except ImportError:
+        return None
+    return triton
