@@ -1,4 +1,4 @@
-"""attend on a GPU: which kernel serves which call. Importing compiles nothing; a kernel is compiled at its first use."""
+"""attend on a GPU: which kernel serves which call. A kernel is compiled at its first use, never at import."""
 
 from __future__ import annotations
 
