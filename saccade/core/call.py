@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.core.errors import InputError
+from saccade.core.rope import Rope
 
 
 class Shape(NamedTuple):
@@ -40,7 +41,7 @@ class Call:
         q_pos: [1|B, N] integer positions of the queries, or None.
         k_pos: [1|B, 1|G, M] integer positions of the stored keys, or None.
         x: the layer's input [B, N, C], or None outside a model.
-        rope: callable (tensor [B,h,n,D], positions [B|1,n], inverse=False) -> tensor that rotates keys, or None.
+        rope: how this layer's queries and keys were rotated to their positions, or None where that is not known.
         memory: this layer's state from call to call; lives as long as the cache. Tensors in it are batch-first.
         step: state shared by all layers of one forward; a new dict in each forward.
         rng: generator for methods that draw; None = torch's default.
@@ -59,7 +60,7 @@ class Call:
     q_pos: Tensor | None = None
     k_pos: Tensor | None = None
     x: Tensor | None = None
-    rope: Callable[..., Tensor] | None = None
+    rope: Rope | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     step: dict[str, Any] = field(default_factory=dict)
     rng: torch.Generator | None = None

@@ -19,6 +19,7 @@ from saccade.core.call import Call
 from saccade.core.errors import InputError, PlanError, UnsupportedError
 from saccade.core.plan import Plan
 from saccade.hf.cache import SaccadeCache, StoreLayer
+from saccade.hf.rope import rope_of
 from saccade.methods.apply import Roles, Seen, apply, phase_of
 
 NAME = "saccade"
@@ -32,14 +33,16 @@ class Session:
         plan: the plan.
         calls: attention calls served per layer since the start.
         watch: None, or a callable that is given every `Seen` (what was looked at, where): for measuring.
+        rng: generator for methods that draw, on the model's device; None = each method's own fixed seed.
     """
 
     def __init__(self, model: torch.nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan
         self.watch: Callable[[Seen], None] | None = None
+        self.rng: torch.Generator | None = None
         self.modules = _attention_modules(model)
         self.calls = dict.fromkeys(self.modules, 0)
-        self.trained_length = getattr(_text_config(model), "max_position_embeddings", None)
+        self._ropes = {at: rope_of(model, module, _text_config(model), at) for at, module in self.modules.items()}
         # the cache transformers would build knows best which layers are more than plain causal attention
         own = DynamicCache(config=_text_config(model)).layers
         self._left_alone = {at for at, layer in enumerate(own) if type(layer) is not DynamicLayer}
@@ -185,7 +188,7 @@ class Session:
             if mine.shape[2] == 0:
                 continue
             step = self._steps.setdefault(rows.start, {})
-            fields = dict(layer=layer, scale=scale, step=step, memory=store.memory_of(rows))
+            fields = dict(self._fields(layer, scale), step=step, memory=store.memory_of(rows))
             if x is not None:
                 fields["x"] = x[rows][:, real]
             for view in store.views(rows):
@@ -219,7 +222,8 @@ class Session:
         methods = self._methods(layer, phase_of(N, M - N), M)
         valid = None if valid is None or bool(valid[:, :M].all()) else valid[:, :M]
         if valid is None:
-            call = Call.of(q, k, layer=layer, scale=scale, x=x, memory=memory, step=self._steps.setdefault(0, {}))
+            fields = dict(self._fields(layer, scale), memory=memory, step=self._steps.setdefault(0, {}))
+            call = Call.of(q, k, x=x, **fields)
             return apply(q, k, v, call, methods, None, self.watch)
         outs = []
         for row in range(B):
@@ -228,12 +232,16 @@ class Session:
             if bool(real.any()):
                 part = [t[row : row + 1][:, :, keys] for t in (k, v)]
                 mine = q[row : row + 1][:, :, real]
-                fields = dict(memory=memory.setdefault(row, {}), step=self._steps.setdefault(row, {}))
+                state = dict(memory=memory.setdefault(row, {}), step=self._steps.setdefault(row, {}))
                 here = None if x is None else x[row : row + 1][:, real]
-                call = Call.of(mine, part[0], layer=layer, scale=scale, x=here, **fields)
+                call = Call.of(mine, part[0], x=here, **self._fields(layer, scale), **state)
                 out[:, :, real] = apply(mine, *part, call, methods, None, self.watch)
             outs.append(out)
         return torch.cat(outs)
+
+    def _fields(self, layer: int, scale: float | None) -> dict[str, Any]:
+        """What every call of a layer is told."""
+        return dict(layer=layer, scale=scale, rope=self._ropes[layer], rng=self.rng)
 
     def _methods(self, layer: int, phase: str, length: int) -> Any:
         roles = Roles.of(self.plan, layer, length) if self._ruled[layer] else self._roles[layer]
