@@ -20,17 +20,36 @@ ROOM = 64  # slots added beyond what is needed
 DRAFT = 16  # so many tokens may be taken back after an eviction that saw them: a policy by recency keeps as many more
 
 
+class Fold(NamedTuple):
+    """One kept slot that from now on stands for all that was dropped.
+
+    Args:
+        at: which of the kept slots it is.
+        k, v: what it holds [b, g, D] and [b, g, Dv].
+        bias: added to its logit [b, g]: log n for a slot that stands for n tokens.
+    """
+
+    at: int
+    k: Tensor
+    v: Tensor
+    bias: Tensor
+
+
 class Keeper(Protocol):
     """What the store asks of a policy: `saccade.methods.base.CachePolicy` is one."""
 
     def keep(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | None:
         """Slots that stay [B|1, g|1, K], ascending, or None for all."""
 
+    def fold(self, k: Tensor, v: Tensor, bias: Tensor | None, slots: Tensor, call: Call) -> Fold | None:
+        """What a kept slot holds for the dropped ones, or None. k, v, bias are all slots, `slots` those that stay."""
+
 
 class View(NamedTuple):
     """What one group holds for some rows of the batch.
 
-    Shapes: k [B,g,M,D], v [B,g,M,Dv], pos [1|B, 1|g, M] or None where slot = position.
+    Shapes: k [B,g,M,D], v [B,g,M,Dv], pos [1|B, 1|g, M] or None where slot = position, bias [B,g,M] on the logits of
+    slots or None where it is 0.
     """
 
     heads: tuple[int, ...]
@@ -39,6 +58,7 @@ class View(NamedTuple):
     v: Tensor
     pos: Tensor | None
     policy: Keeper | None
+    bias: Tensor | None = None
 
 
 class Group:
@@ -55,6 +75,7 @@ class Group:
         self.k: Tensor | None = None
         self.v: Tensor | None = None
         self.pos: Tensor | None = None
+        self.bias: Tensor | None = None  # made when a policy first folds
         self.lengths: list[int] = []
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None, seen: Sequence[int]) -> None:
@@ -79,6 +100,8 @@ class Group:
             for row, more in enumerate(added):
                 at = self.lengths[row]
                 self.pos[row, :, at : at + more] = torch.arange(seen[row], seen[row] + more, device=k.device)
+                if self.bias is not None:
+                    self.bias[row, :, at : at + more] = 0.0
         self.lengths = [length + more for length, more in zip(self.lengths, added, strict=True)]
 
     def view(self, rows: slice) -> View:
@@ -86,10 +109,11 @@ class Group:
         assert self.k is not None and self.v is not None
         M = self.lengths[rows][0]
         pos = None if self.pos is None else self.pos[rows, :, :M]
-        return View(self.heads, rows, self.k[rows, :, :M], self.v[rows, :, :M], pos, self.policy)
+        bias = None if self.bias is None else self.bias[rows, :, :M]
+        return View(self.heads, rows, self.k[rows, :, :M], self.v[rows, :, :M], pos, self.policy, bias)
 
-    def keep(self, rows: slice, slots: Tensor) -> None:
-        """Keep these slots [b|1, g|1, K] of the rows and forget the rest."""
+    def keep(self, rows: slice, slots: Tensor, fold: Fold | None = None) -> None:
+        """Keep these slots [b|1, g|1, K] of the rows and forget the rest, or fold it into one of them."""
         assert self.k is not None and self.v is not None
         B, g, room, _ = self.k.shape
         if self.pos is None:
@@ -102,6 +126,11 @@ class Group:
             t = getattr(self, name)[rows]
             kept.append(t.gather(2, slots[..., None].expand(-1, -1, -1, t.shape[3])))
         pos = self.pos[rows].gather(2, slots)
+        if fold is not None and self.bias is None:
+            self.bias = torch.zeros(B, g, room, device=self.k.device)
+        bias = None if self.bias is None else self.bias[rows].gather(2, slots)
+        if fold is not None and bias is not None:
+            kept[0][:, :, fold.at], kept[1][:, :, fold.at], bias[:, :, fold.at] = fold.k, fold.v, fold.bias
         for row in range(*rows.indices(B)):
             self.lengths[row] = K
         most = max(self.lengths)
@@ -112,7 +141,10 @@ class Group:
             self.pos = old[2].new_full((B, g, most + ROOM), -1)
             for new, t in zip((self.k, self.v, self.pos), old, strict=True):
                 new[:, :, :most] = t[:, :, :most]
+            self.bias = None if self.bias is None else self.bias[:, :, : most + ROOM].clone()
         self.k[rows, :, :K], self.v[rows, :, :K], self.pos[rows, :, :K] = kept[0], kept[1], pos
+        if self.bias is not None and bias is not None:
+            self.bias[rows, :, :K] = bias
 
     def crop(self, removed: Sequence[int], seen: Sequence[int]) -> None:
         """Forget the last tokens of each row; `seen` is how many real tokens each row has then."""
@@ -135,11 +167,12 @@ class Group:
         index = index.to(self.k.device)
         self.k, self.v = self.k.index_select(0, index), self.v.index_select(0, index)
         self.pos = None if self.pos is None else self.pos.index_select(0, index)
+        self.bias = None if self.bias is None else self.bias.index_select(0, index)
         self.lengths = [self.lengths[i] for i in index.tolist()]
 
     def bytes(self) -> int:
         """Bytes in memory, room to grow included."""
-        return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.pos) if t is not None)
+        return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.pos, self.bias) if t is not None)
 
     def _allocate(self, B: int, g: int, room: int, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k.new_empty(B, g, room, k.shape[3]), v.new_empty(B, g, room, v.shape[3])
@@ -156,6 +189,8 @@ class Group:
         if old[2] is not None:
             self.pos = old[2].new_full((B, g, room), -1)
             self.pos[:, :, :used] = old[2][:, :, :used]
+        if self.bias is not None:
+            self.bias = torch.nn.functional.pad(self.bias, (0, room - self.bias.shape[2]))
 
 
 class Store:
@@ -264,7 +299,7 @@ class Store:
                 call = call_for(q[:, heads], view, self.seen[rows.start], tuple(heads), memory=self.memory_of(rows))
                 slots = group.policy.keep(q[:, heads], view.k, view.v, call)
                 if slots is not None and slots.shape[2] < view.k.shape[2]:
-                    group.keep(rows, slots)
+                    group.keep(rows, slots, group.policy.fold(view.k, view.v, view.bias, slots, call))
                     for row in range(*rows.indices(len(self.seen))):
                         self._cut[row] = max(self._cut[row], self.seen[row])
 
@@ -312,8 +347,12 @@ class Store:
         self.valid = None if self.valid is None else self.valid.index_select(0, index.to(self.valid.device))
 
     def bytes(self) -> int:
-        """Bytes of keys, values and positions in memory, room to grow included."""
+        """Bytes of keys, values, positions and biases in memory, room to grow included."""
         return sum(group.bytes() for group in self.groups)
+
+    def state_bytes(self) -> int:
+        """Bytes that the methods' memory holds beside the keys and values: summaries, indices, reused choices."""
+        return _bytes_of(self.memory)
 
 
 def call_for(q: Tensor, view: View, seen: int, heads: tuple[int, ...], **fields: Any) -> Call:
@@ -325,13 +364,26 @@ def call_for(q: Tensor, view: View, seen: int, heads: tuple[int, ...], **fields:
 
 
 def _rows_of(memory: dict[str, Any], index: Tensor) -> dict[str, Any]:
-    """The memory of some rows: its tensors are batch-first, its dicts are searched, anything else is shared."""
+    """The memory of some rows: tensors are batch-first, dicts are searched, objects may have their own `select`."""
     picked: dict[str, Any] = {}
     for key, value in memory.items():
         if isinstance(value, Tensor) and value.ndim:
             picked[key] = value.index_select(0, index.to(value.device))
         elif isinstance(value, dict):
             picked[key] = _rows_of(value, index)
+        elif hasattr(value, "select"):
+            picked[key] = value.select(index)
         else:
             picked[key] = value
     return picked
+
+
+def _bytes_of(value: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists; an object may have a `bytes` of its own."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(_bytes_of(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(_bytes_of(item) for item in value)
+    return int(value.bytes()) if callable(getattr(value, "bytes", None)) else 0

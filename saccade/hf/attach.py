@@ -196,7 +196,7 @@ class Session:
                 all_heads = len(heads) == q.shape[1]
                 q_part = mine if all_heads else mine[:, list(heads)]
                 call = call_for(q_part, view, store.seen[rows.start], heads, **fields)
-                o = apply(q_part, view.k, view.v, call, methods, view.policy, self.watch)
+                o = apply(q_part, view.k, view.v, call, methods, view.policy, self.watch, view.bias)
                 if all_heads and whole and rows.stop - rows.start == len(out):
                     out = o
                 else:

@@ -111,6 +111,10 @@ class SaccadeCache(Cache):
                 total += cache_bytes(layer)
         return total
 
+    def state_bytes(self) -> int:
+        """Bytes that methods remember beside keys and values: block summaries, reused choices, indices."""
+        return sum(layer.store.state_bytes() for layer in self.layers if isinstance(layer, StoreLayer))
+
     def materialize(self, layer: int, kv_head: int, row: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [n,D], values [n,Dv] and positions [n] that one key head holds for one row of the batch."""
         store = self.layers[layer].store

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.core.call import Call, kv_heads
+from saccade.core.errors import UnsupportedError
 from saccade.core.pattern import Full, Pattern, PerHead
 from saccade.core.plan import Plan
 from saccade.kernels.attend import attend
@@ -64,6 +65,7 @@ def apply(
     methods: Sequence[tuple[tuple[int, ...] | None, Attention]],
     policy: CachePolicy | None = None,
     watch: Callable[[Seen], None] | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of some heads under the methods that a plan gives them.
 
@@ -73,9 +75,13 @@ def apply(
         methods: (global head ids or None, method) pairs of this layer and phase; other heads may be named.
         policy: the cache policy of these heads; it says what heads without a method see.
         watch: called with what was done, for measuring.
+        bias: added to the logits of stored keys [B,G,M]: a slot that stands for n tokens has log n.
 
     Returns:
         o [B,H,N,Dv].
+
+    Raises:
+        UnsupportedError: a bias, and a method that gives the answer itself.
     """
     H, share = call.shape.H, call.shape.H // call.shape.G
     ids = call.heads
@@ -98,20 +104,26 @@ def apply(
         if isinstance(method, Selector):
             patterns.append((local, method.select(mine, keys, sub)))
             estimate += method.estimate(sub)
+        elif bias is not None:
+            raise UnsupportedError(
+                f"{type(method).__name__} gives the answer itself and cannot weigh the folded tokens that "
+                f"{type(policy).__name__} keeps; give these heads another method"
+            )
         else:
             answers.append((local, method.attend(mine, keys, values, sub).o))
     if left:
         patterns.append((tuple(sorted(left)), default.heads(sorted(left), call)))
     if not answers:
         pattern = patterns[0][1] if len(patterns) == 1 else PerHead(tuple(patterns))
-        out = attend(q, k, v, pattern, call, lse=False).o
+        out = attend(q, k, v, pattern, call, key_bias=bias, lse=False).o
         if watch is not None:
             watch(Seen(call, q, k, v, pattern, estimate, tuple(names)))
         return out
     for local, pattern in patterns:
         kv = kv_heads(local, share)
         sub = call.take(local, kv)
-        answers.append((local, attend(q[:, list(local)], k[:, list(kv)], v[:, list(kv)], pattern, sub, lse=False).o))
+        part = [t[:, list(kv)] for t in (k, v)]
+        answers.append((local, attend(q[:, list(local)], *part, pattern, sub, lse=False).o))
     if watch is not None:
         watch(Seen(call, q, k, v, None, estimate, tuple(names)))
     order = torch.tensor([i for local, _ in answers for i in local], device=q.device).argsort()

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from saccade.cache.store import Fold
 from saccade.core.call import Call
 from saccade.core.errors import InputError
 from saccade.core.pattern import Full, Pattern, per_head
@@ -119,6 +120,13 @@ class CachePolicy(Method):
     def keep(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | None:
         """Slots that stay [B|1, G|1, K], ascending, or None for all. call.k_pos holds what is stored."""
         raise NotImplementedError(f"{type(self).__name__} must implement keep")
+
+    def fold(self, k: Tensor, v: Tensor, bias: Tensor | None, slots: Tensor, call: Call) -> Fold | None:
+        """A kept slot that stands for the dropped ones (their mean, with log n added to its logit), or None.
+
+        k [B,g,M,D], v [B,g,M,Dv] and bias [B,g,M] are all slots, `slots` [B|1,g|1,K] those that stay.
+        """
+        return None
 
     def pattern(self, call: Call) -> Pattern:
         """What queries of these heads see of what is stored, where the plan names no other method for them."""

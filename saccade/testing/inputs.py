@@ -215,7 +215,7 @@ class Feed:
                 mine = asked[-1] if len(heads) == q.shape[1] else asked[-1][:, heads]
                 call = call_for(mine, view, store.seen[rows.start], tuple(heads), x=piece.x[rows][:, real], **fields)
                 found: list[Seen] = []
-                o = apply(mine, view.k, view.v, call, methods, view.policy, found.append)
+                o = apply(mine, view.k, view.v, call, methods, view.policy, found.append, view.bias)
                 # the store writes over its keys and positions
                 k_pos = None if call.k_pos is None else call.k_pos.clone()
                 kept = dict(call=replace(call, k_pos=k_pos), k=view.k.clone(), v=view.v.clone())

@@ -6,14 +6,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from saccade.cache.store import DRAFT, ROOM, Group, Store, View, call_for
+from saccade.cache.store import DRAFT, ROOM, Fold, Group, Store, View, call_for
 from saccade.core.errors import InputError
 from saccade.methods.policy.duo import DuoAttention
 
 HEADS, D, DV = 3, 2, 1
 
 
-class Ends:
+class NoFold:
+    """Drops what it drops."""
+
+    def fold(self, k, v, bias, slots, call):
+        return None
+
+
+class Ends(NoFold):
     """Keeps the first `sink` and the last `recent` slots: exact under a crop of `spare` tokens."""
 
     def __init__(self, sink, recent, spare=DRAFT):
@@ -26,7 +33,7 @@ class Ends:
         return torch.cat((torch.arange(self.sink), torch.arange(M - recent, M)))[None, None]
 
 
-class EveryOther:
+class EveryOther(NoFold):
     """Each head keeps other slots, equally many: even slots in head 0, odd ones elsewhere, and the last token."""
 
     def keep(self, q, k, v, call):
@@ -359,3 +366,55 @@ def test_duo_holds_what_it_claims(pieces):
     for n in pieces:
         filled(store, n)
         assert store.views()[0].k.shape[2] == policy.claim(store.seen[0])
+
+
+class Mean:
+    """Keeps the first two and the last `recent` slots; slot 2 is the mean of all that ever lay between."""
+
+    def __init__(self, recent):
+        self.recent = recent
+
+    def keep(self, q, k, v, call):
+        M = k.shape[2]
+        if self.recent + 3 >= M:
+            return None
+        return torch.cat((torch.arange(2), torch.arange(M - self.recent - 1, M)))[None, None]
+
+    def fold(self, k, v, bias, slots, call):
+        gone = slice(2, k.shape[2] - self.recent)
+        count = torch.ones_like(k[..., 0]) if bias is None else bias.exp().to(k.dtype)
+        n = count[:, :, gone].sum(-1, keepdim=True)
+        mean = [(t[:, :, gone] * count[:, :, gone, None]).sum(2) / n for t in (k, v)]
+        return Fold(2, *mean, n.squeeze(-1).log().float())
+
+
+def test_a_folded_slot_stands_for_all_that_was_dropped():
+    store = Store([((0, 2), Mean(5))], HEADS)
+    k, v = torch.randn(2, HEADS, 200, D).double(), torch.randn(2, HEADS, 200, DV).double()
+    a = 0
+    for n in (40, 1, 1, 90, 7, 61):
+        store.append(k[:, :, a : a + n], v[:, :, a : a + n])
+        store.asked([torch.zeros(2, 2 * HEADS, n, D).double()], now=True)
+        a += n
+        if a == 42:
+            # beams: what was folded goes with its row
+            store.select(torch.tensor([1, 1]))
+            k, v = k[[1, 1]], v[[1, 1]]
+    whole, folded = store.views()
+    assert whole.bias is None and whole.k.shape[2] == 200
+    assert folded.pos[0, 0].tolist() == [0, 1, 194, 195, 196, 197, 198, 199]
+    torch.testing.assert_close(folded.k[:, :, 2], k[:, [0, 2], 2:195].mean(2))
+    torch.testing.assert_close(folded.v[:, :, 2], v[:, [0, 2], 2:195].mean(2))
+    want = torch.zeros(2, 2, 8)
+    want[:, :, 2] = torch.tensor(193.0).log()
+    torch.testing.assert_close(folded.bias, want)
+    slots = sum(t.numel() * t.element_size() for g in store.groups for t in (g.k, g.v, g.pos, g.bias) if t is not None)
+    assert store.bytes() == slots
+
+
+def test_bytes_of_the_methods_memory():
+    store = filled(Store([], HEADS), 10)
+    assert store.state_bytes() == 0
+    store.memory[0]["bounds"] = {"low": torch.zeros(3, 5), "note": "text"}
+    store.memory[0]["list"] = [torch.zeros(2, dtype=torch.float64)]
+    assert store.state_bytes() == 60 + 16
