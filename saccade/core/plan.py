@@ -68,7 +68,7 @@ class Assign:
     @property
     def rules(self) -> bool:
         """Does any argument depend on the length?"""
-        return any(isinstance(value, dict) for value in self.args.values())
+        return _ruled(self.args)
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,9 @@ def _check_assign(assign: Assign, at: int, model: ModelShape, taken: set[int]) -
     phases: tuple[str, ...] = getattr(find(assign.method), "phases", ())
     if assign.phase not in phases:
         raise PlanError(f"{where}: works in {', '.join(phases)}, not in {assign.phase}")
-    assign.build(length=4096)
+    built = assign.build(length=4096)
+    if assign.phase not in built.phases:
+        raise PlanError(f"{where}: with these arguments it works in {', '.join(built.phases)}, not in {assign.phase}")
 
 
 def _assign(entry: Any, where: str) -> Assign:
@@ -258,7 +260,17 @@ def _assign(entry: Any, where: str) -> Assign:
     return Assign(heads, method, args, _typed(entry.get("phase", "prefill"), str, f"{where}: phase"))
 
 
+def _ruled(args: dict[str, Any]) -> bool:
+    """Is there a length rule among the arguments, or among those of a method inside them?"""
+    inside = [v for v in args.values() if isinstance(v, dict)]
+    return any(_ruled(v.get("args", {})) if "method" in v else True for v in inside)
+
+
 def _rule(method: str, key: str, value: Any, length: int) -> Any:
+    if isinstance(value, dict) and set(value) == {"method", "args"} and isinstance(value["args"], dict):
+        # a wrapper's inner method
+        args = {k: _rule(str(value["method"]), k, v, length) for k, v in value["args"].items()}
+        return {"method": _typed(value["method"], str, f"{method}: {key}: method"), "args": args}
     numbers = list(value.values()) if isinstance(value, dict) else [value]
     if any(type(x) in (int, float) and abs(x) > LARGEST for x in numbers):
         raise PlanError(f"{method}: {key} is too large: {str(value)[:60]}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from saccade.core.errors import PlanError
 from saccade.core.plan import PHASES, ModelShape, Plan, read_text
-from saccade.core.table import METHODS, find
+from saccade.core.table import METHODS, build, find
 from saccade.evaluate.model import READER, Loaded
 from saccade.reader.books import DATA
 
@@ -121,6 +121,7 @@ def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
         "minference": {"columns": max(64, length // 32), "diagonals": 101 + length // 8192},
         # shares of all keys: early queries have fewer, so about twice the share is what is read of the causal half
         "pooled": {"budget": 0.05},
+        "above": {"inner": {"method": "streaming", "args": {"sink": 64, "recent": recent}}, "length": 4096},
         "oracle": {"budget": 0.05},
         "random": {"budget": 0.05},
         # the paper picks in layers 2 and 13 of 32
@@ -143,7 +144,7 @@ def _single(name: str, shape: ModelShape, length: int, bundled: bool) -> Plan:
             "published one with saccade.fit.published.from_duo, save it, and give the file"
         )
     args = arguments(name, shape.layers, length)
-    return Plan.uniform(shape, **{phase: (name, args) for phase in PHASES if phase in cls.phases})
+    return Plan.uniform(shape, **{phase: (name, args) for phase in PHASES if phase in build(name, args).phases})
 
 
 def _beside(plan: Plan, policy: Plan) -> Plan:
