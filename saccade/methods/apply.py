@@ -50,6 +50,7 @@ class Seen:
     pattern: Pattern | None
     estimate: float
     methods: tuple[str, ...]
+    bias: Tensor | None = None
 
 
 def phase_of(queries: int, past: int) -> str:
@@ -84,6 +85,11 @@ def apply(
         UnsupportedError: a bias, and a method that gives the answer itself.
     """
     H, share = call.shape.H, call.shape.H // call.shape.G
+    if call.contiguous:
+        # tokens may have been taken back, and others written in their place by calls that a method does not see
+        for held in call.memory.values():
+            if isinstance(held, dict) and held.get("slots", 0) > call.offset:
+                held["slots"] = call.offset
     ids = call.heads
     default = policy.pattern(call) if policy is not None else Full()
     left = set(range(H))
@@ -117,7 +123,7 @@ def apply(
         pattern = patterns[0][1] if len(patterns) == 1 else PerHead(tuple(patterns))
         out = attend(q, k, v, pattern, call, key_bias=bias, lse=False).o
         if watch is not None:
-            watch(Seen(call, q, k, v, pattern, estimate, tuple(names)))
+            watch(Seen(call, q, k, v, pattern, estimate, tuple(names), bias))
         return out
     for local, pattern in patterns:
         kv = kv_heads(local, share)
@@ -125,6 +131,6 @@ def apply(
         part = [t[:, list(kv)] for t in (k, v)]
         answers.append((local, attend(q[:, list(local)], *part, pattern, sub, lse=False).o))
     if watch is not None:
-        watch(Seen(call, q, k, v, None, estimate, tuple(names)))
+        watch(Seen(call, q, k, v, None, estimate, tuple(names), bias))
     order = torch.tensor([i for local, _ in answers for i in local], device=q.device).argsort()
     return torch.cat([o for _, o in answers], 1).index_select(1, order)

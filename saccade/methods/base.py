@@ -44,6 +44,10 @@ class Method:
         strictly_causal: outputs never depend on later tokens. False where the choice of indices looks at them.
         exact: equal to dense attention at full budget.
         chunked: "exact" when chunked prefill gives the numbers of one shot, else why not, in words.
+        grouped: query heads that share a key head choose together, so that copies of the keys would choose apart.
+        separate: a head looks where it would look if it were alone in the call; False where heads choose together. An
+            instance may say so by its arguments.
+        full_steps: now and then a query reads everything, beside others of its call that keep to the budget.
         whole_store: needs every token of every layer in the store (no eviction beside it).
         trained: needs trained weights.
         paper: short reference.
@@ -53,6 +57,9 @@ class Method:
     strictly_causal: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     chunked: ClassVar[str] = "exact"
+    grouped: ClassVar[bool] = False
+    separate: bool = True
+    full_steps: ClassVar[bool] = False
     whole_store: ClassVar[bool] = False
     trained: ClassVar[bool] = False
     paper: ClassVar[str] = ""
