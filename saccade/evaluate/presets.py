@@ -121,11 +121,32 @@ def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
         "minference": {"columns": max(64, length // 32), "diagonals": 101 + length // 8192},
         # shares of all keys: early queries have fewer, so about twice the share is what is read of the causal half
         "pooled": {"budget": 0.05},
+        # half of what is read comes from the estimate: 1/stride of dense
+        "xattention": {"stride": 16, "block": 64, "most": 0.03},
+        "flexprefill": {"block": 64, "least": max(64, length // 32), "most": 0.05},
+        "s2": {"local": max(2, length // 4096), "stride": 16},
+        # a level of halves reads block + samples keys a row
+        "hyper": {
+            **{"block": max(32, length // 256), "samples": max(32, length // 256)},
+            "exact_below": max(64, length // 16),
+        },
         "above": {"inner": {"method": "streaming", "args": {"sink": 64, "recent": recent}}, "length": 4096},
+        "h2o": {"heavy": length // 20, "recent": length // 20},
+        # answers are read off token by token: neighbours of what the question looks at must stay
+        "snapkv": {"capacity": max(128, length // 10), "kernel": 15},
         "oracle": {"budget": 0.05},
         "random": {"budget": 0.05},
         # the paper picks in layers 2 and 13 of 32
         "tidal": {"budget": max(256, length // 64), "first": first, "correct": max(first + 1, layers * 13 // 32)},
+        # two of 32 layers dense in the paper; two products for each page of 32, beside what is read
+        "quest": {"budget": max(256, length // 24), "block_k": 32, "first": layers // 16},
+        # a full step costs two: it is read, and scored once more
+        "recycled": {"budget": max(256, length // 16), "stride": 50},
+        # in the prompt 5 blocks of 64 that are always read, and half of the others
+        "actqkv": {
+            "budget": 64 * (5 + 2 * max(3, length // 2048)),
+            **{"window": 128, "block_k": 64, "sink": 64, "near": 64},
+        },
     }.get(name, {})
 
 
@@ -138,10 +159,10 @@ def _single(name: str, shape: ModelShape, length: int, bundled: bool) -> Plan:
         plan = Plan.load(shipped)
         plan.check_model(shape)
         return plan
-    if name == "duo":
+    if name in ("duo", "razor"):
         raise PlanError(
-            "duo: which heads stream must be found for each model: make a plan with saccade.fit.duo, or read a "
-            "published one with saccade.fit.published.from_duo, save it, and give the file"
+            f"{name}: which heads it serves must be found for each model: make a plan with saccade.fit.{name} (or read "
+            "a published one with saccade.fit.published), save it, and give the file"
         )
     args = arguments(name, shape.layers, length)
     return Plan.uniform(shape, **{phase: (name, args) for phase in PHASES if phase in build(name, args).phases})

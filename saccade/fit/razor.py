@@ -28,7 +28,7 @@ def score_heads(
 ) -> Scores:
     """Echo and induction scores (RazorAttention, Tang et al., ICLR 2025, arXiv 2407.15891; no official code).
 
-    The model reads `period` random tokens `repeats` times; no data is needed. A query in a later copy may look at earlier
+    The model reads `period` random tokens `repeats` times, no data. A query in a later copy may look at earlier
     copies of its own token (echo) or at the tokens that came after them (induction): the mean share of its weights that
     lies there is the head's score.
 
