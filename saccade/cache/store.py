@@ -174,6 +174,10 @@ class Group:
         """Bytes in memory, room to grow included."""
         return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.pos, self.bias) if t is not None)
 
+    def reserve(self, room: int) -> None:
+        """Make room for so many slots more."""
+        self._reserve(max(self.lengths) + room)
+
     def _allocate(self, B: int, g: int, room: int, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k.new_empty(B, g, room, k.shape[3]), v.new_empty(B, g, room, v.shape[3])
 
@@ -258,6 +262,15 @@ class Store:
         alike = len(set(self.seen)) == 1 and (valid is None or bool((valid == valid[:1]).all()))
         if not alike and len(self.memory) == 1:
             self.memory = [_rows_of(self.memory[0], torch.tensor([row])) for row in range(B)]
+
+    def extend(self, count: int) -> None:
+        """Count `count` tokens more in every row, which were written into the groups' room (see `Fixed`)."""
+        self.seen = [n + count for n in self.seen]
+        self.total += count
+        for group in self.groups:
+            group.lengths = [n + count for n in group.lengths]
+        if self.valid is not None:
+            self.valid = torch.nn.functional.pad(self.valid, (0, count), value=True)
 
     def row_sets(self) -> list[slice]:
         """Slices of the batch whose rows are of equal length: one of all rows, or one for each row."""

@@ -14,12 +14,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from saccade.cache.fixed import Fixed
 from saccade.cache.store import Store, call_for
 from saccade.core.call import Call
 from saccade.core.errors import InputError, PlanError, UnsupportedError
 from saccade.core.plan import Plan
 from saccade.hf.cache import SaccadeCache, StoreLayer
 from saccade.hf.rope import rope_of
+from saccade.hf.steps import Steps
 from saccade.methods.apply import Roles, Seen, apply, phase_of
 
 NAME = "saccade"
@@ -68,6 +70,10 @@ class Session:
                 roles = Roles.of(self.plan, layer, length) if self._ruled[layer] else self._roles[layer]
                 stores[layer] = Store(roles.cache, self.plan.model.kv_heads)
         return SaccadeCache(_text_config(self.model), stores)
+
+    def steps(self, cache: SaccadeCache, room: int, graph: bool | None = None) -> Steps:
+        """Decode one token at a time from here, on a GPU as a captured graph: see `saccade.hf.steps.Steps`."""
+        return Steps(self, cache, room, graph)
 
     def detach(self) -> None:
         """Give the model back as it was: its attention implementation, no hooks."""
@@ -150,6 +156,9 @@ class Session:
         own = cache.layers[layer] if cache is not None and layer < len(cache.layers) else None
         valid = None if mask is None else mask[:, 0, 0, :].bool()
         self.calls[layer] += 1
+        if isinstance(own, StoreLayer) and own.fixed is not None:
+            own.waiting = False
+            return self._with_fixed(layer, own.fixed, q, k, v, x, scale)
         if isinstance(own, StoreLayer):
             return self._with_store(layer, own, q, k, v, valid, x, scale)
         if self._roles[layer].cache:
@@ -205,6 +214,26 @@ class Session:
                         out[rows, h, at] = o[:, i]
         store.asked(asked, now=phase == "prefill")
         return out
+
+    def _with_fixed(
+        self, layer: int, fixed: Fixed, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None, scale: float | None
+    ) -> Tensor:
+        """One token in a captured step: nothing here may wait for the device or look at its numbers."""
+        fixed.append(k, v)
+        fixed.asked = q
+        share = q.shape[1] // k.shape[1]
+        methods = self._methods(layer, "decode", fixed.seen)
+        fields = dict(self._fields(layer, scale), x=x, step=self._steps.setdefault(0, {}), memory=fixed.memory)
+        packed, outs = q.unflatten(1, (-1, share)), []
+        for stretch, ids in zip(fixed.stretches, fixed.ids, strict=True):
+            heads = tuple(h * share + i for h in stretch.heads for i in range(share))
+            mine = q if len(fixed.ids) == 1 else packed.index_select(1, ids).flatten(1, 2)
+            call = Call.of(mine, stretch.k, heads=heads, q_pos=fixed.q_pos, k_pos=stretch.pos, **fields)
+            o = apply(mine, stretch.k, stretch.v, call, methods, stretch.policy, self.watch, stretch.bias)
+            outs.append(o.unflatten(1, (-1, share)))
+        if len(outs) == 1:
+            return outs[0].flatten(1, 2)
+        return torch.cat(outs, 1).index_select(1, fixed.order).flatten(1, 2)
 
     def _with_tensors(
         self,

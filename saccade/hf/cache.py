@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from saccade.cache.fixed import Fixed
 from saccade.cache.store import Store
 from saccade.core.errors import UnsupportedError
 
@@ -27,6 +28,7 @@ class StoreLayer(CacheLayerMixin):
         super().__init__()
         self.store = store
         self.waiting = False
+        self.fixed: Fixed | None = None  # during captured steps
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device

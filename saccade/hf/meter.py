@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -48,6 +49,9 @@ class Meter:
         phase = "prefill" if call.shape.N > 16 or call.shape.N == call.shape.M else "decode"
         layer = self.layers.setdefault((phase, call.layer), Layer())
         if seen.pattern is None:
+            if not math.isnan(seen.estimate):
+                layer.estimate += seen.estimate
+                layer.allowed += self._allowed(seen)
             return
         layer.pairs += seen.pattern.pairs(call)
         layer.estimate += seen.estimate
