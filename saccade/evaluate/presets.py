@@ -131,6 +131,8 @@ def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
             "exact_below": max(64, length // 16),
         },
         "above": {"inner": {"method": "streaming", "args": {"sink": 64, "recent": recent}}, "length": 4096},
+        # the span that every head would have; saccade.fit.moa finds one for each
+        "moa": {"span": max(128, length // 8)},
         "h2o": {"heavy": length // 20, "recent": length // 20},
         # answers are read off token by token: neighbours of what the question looks at must stay
         "snapkv": {"capacity": max(128, length // 10), "kernel": 15},
@@ -142,10 +144,10 @@ def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
         "quest": {"budget": max(256, length // 24), "block_k": 32, "first": layers // 16},
         # a full step costs two: it is read, and scored once more
         "recycled": {"budget": max(256, length // 16), "stride": 50},
-        # in the prompt 5 blocks of 64 that are always read, and half of the others
+        # in the prompt 17 blocks of 16 that are always read, and half of the others
         "actqkv": {
-            "budget": 64 * (5 + 2 * max(3, length // 2048)),
-            **{"window": 128, "block_k": 64, "sink": 64, "near": 64},
+            "budget": 16 * (17 + 2 * max(16, length // 512)),
+            **{"window": 128, "block_k": 16, "sink": 64, "near": 64},
         },
     }.get(name, {})
 
