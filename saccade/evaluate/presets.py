@@ -133,6 +133,7 @@ def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
         "above": {"inner": {"method": "streaming", "args": {"sink": 64, "recent": recent}}, "length": 4096},
         # the span that every head would have; saccade.fit.moa finds one for each
         "moa": {"span": max(128, length // 8)},
+        "hip": {"budget": max(512, length // 16), "sink": 64, "first": first},
         "h2o": {"heavy": length // 20, "recent": length // 20},
         # answers are read off token by token: neighbours of what the question looks at must stay
         "snapkv": {"capacity": max(128, length // 10), "kernel": 15},
