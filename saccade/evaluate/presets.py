@@ -128,12 +128,14 @@ def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
         # a level of halves reads block + samples keys a row
         "hyper": {
             **{"block": max(32, length // 256), "samples": max(32, length // 256)},
-            "exact_below": max(64, length // 16),
+            # a little less than a sixteenth, so that prompts a little shorter are halved as often
+            "exact_below": max(64, length // 17),
         },
         "above": {"inner": {"method": "streaming", "args": {"sink": 64, "recent": recent}}, "length": 4096},
         # the span that every head would have; saccade.fit.moa finds one for each
         "moa": {"span": max(128, length // 8)},
         "hip": {"budget": max(512, length // 16), "sink": 64, "first": first},
+        "longheads": {"keys": max(256, length // 1536 * 64), "chunk": 64},
         "h2o": {"heavy": length // 20, "recent": length // 20},
         # answers are read off token by token: neighbours of what the question looks at must stay
         "snapkv": {"capacity": max(128, length // 10), "kernel": 15},
@@ -143,8 +145,9 @@ def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
         "tidal": {"budget": max(256, length // 64), "first": first, "correct": max(first + 1, layers * 13 // 32)},
         # two of 32 layers dense in the paper; two products for each page of 32, beside what is read
         "quest": {"budget": max(256, length // 24), "block_k": 32, "first": layers // 16},
-        # a full step costs two: it is read, and scored once more
-        "recycled": {"budget": max(256, length // 16), "stride": 50},
+        # a full step costs two: it is read, and scored once more; answers of more than three tokens lie beyond the
+        # paper's maximum over 7 neighbours
+        "recycled": {"budget": max(256, length // 16), "stride": 50, "kernel": 15},
         # in the prompt 17 blocks of 16 that are always read, and half of the others
         "actqkv": {
             "budget": 16 * (17 + 2 * max(16, length // 512)),

@@ -22,7 +22,7 @@ from saccade.core.plan import ModelShape, Plan
 from saccade.core.table import METHODS
 from saccade.kernels.attend import attend
 from saccade.methods.base import Attention, CachePolicy, Layer, Method, Selector, budget_tokens
-from saccade.testing.inputs import LAYERS, Feed, Look, Stream, instances, looks, run, stream, usual_pieces
+from saccade.testing.inputs import LAYERS, Feed, Look, Stream, instances, looks, rope_for, run, stream, usual_pieces
 
 LIFTED = {name: 1 << 20 for name in ("budget", "recent", "diagonals")}  # what limits a method
 Check = Callable[[Any], None]
@@ -480,6 +480,7 @@ def contract(methods: Mapping[str, Method]) -> pytest.MarkDecorator:
 
 def _attend(method: Method, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     """One call, without a store."""
+    call = replace(call, rope=rope_for(q.shape[3]))
     if isinstance(method, Attention):
         return method.attend(q, k, v, call).o
     assert isinstance(method, CachePolicy)
