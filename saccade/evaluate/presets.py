@@ -136,6 +136,7 @@ def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
         "moa": {"span": max(128, length // 8)},
         "hip": {"budget": max(512, length // 16), "sink": 64, "first": first},
         "longheads": {"keys": max(256, length // 1536 * 64), "chunk": 64},
+        "hard": {"budget": max(64, length // 32)},
         "h2o": {"heavy": length // 20, "recent": length // 20},
         # answers are read off token by token: neighbours of what the question looks at must stay
         "snapkv": {"capacity": max(128, length // 10), "kernel": 15},

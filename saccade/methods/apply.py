@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,10 @@ class Roles:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one attend of one layer looked at, for whoever watches: see `apply`."""
+    """What one attend of one layer looked at, for whoever watches: see `apply`.
+
+    Where a method gave the answer itself there is no pattern: `estimate` is then all that was scored, NaN if unknown.
+    """
 
     call: Call
     q: Tensor
@@ -117,6 +121,8 @@ def apply(
             )
         else:
             answers.append((local, method.attend(mine, keys, values, sub).o))
+            # one that does not say what it costs makes the sum unknown
+            estimate += method.estimate(sub) or math.nan
     if left:
         patterns.append((tuple(sorted(left)), default.heads(sorted(left), call)))
     if not answers:
@@ -130,6 +136,7 @@ def apply(
         sub = call.take(local, kv)
         part = [t[:, list(kv)] for t in (k, v)]
         answers.append((local, attend(q[:, list(local)], *part, pattern, sub, lse=False).o))
+        estimate += pattern.pairs(sub) if watch is not None else 0.0
     if watch is not None:
         watch(Seen(call, q, k, v, None, estimate, tuple(names), bias))
     order = torch.tensor([i for local, _ in answers for i in local], device=q.device).argsort()

@@ -72,6 +72,13 @@ class Attention(Method):
         """q [B,H,N,D], k [B,G,M,D], v [B,G,M,Dv] -> Out(o [B,H,N,Dv], lse [B,H,N] or None)."""
         raise NotImplementedError(f"{type(self).__name__} must implement attend")
 
+    def estimate(self, call: Call) -> float:
+        """What it costs beside its pattern, in (query, key) pairs scored; added to the density that is reported.
+
+        For a selector that is the selection. A method without a pattern counts all it does; 0 = it does not say.
+        """
+        return 0.0
+
 
 class Selector(Attention):
     """Rung 1: says where to look."""
@@ -83,10 +90,6 @@ class Selector(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Out:
         call.check(q, k, v, name=type(self).__name__)
         return attend(q, k, v, self.select(q, k, call), call)
-
-    def estimate(self, call: Call) -> float:
-        """What selection itself costs, in (query, key) pairs scored; added to the density that is reported."""
-        return 0.0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from saccade.core.plan import Plan
 from saccade.evaluate.presets import phases
-from saccade.evaluate.trace import Trace
+from saccade.evaluate.trace import SIZE, Trace
 
 MASS = (
     "Each row is a query token, the first at the top; each column is a key token it may look at. The darker, the more "
@@ -37,7 +37,9 @@ def phase_of(plan: Plan | None) -> str:
 
 
 def prefill_panel(trace: Trace, layer: int, head: int) -> tuple[str, Tensor]:
-    """Queries down, keys across, for one head."""
+    """Queries down, keys across, for one head; blank where a method gave the answer itself and showed no pattern."""
+    if layer not in trace.prefill:
+        return f"layer {layer}, head {head}: no pattern to draw", torch.zeros(SIZE, SIZE)
     return f"layer {layer}, head {head}", trace.prefill[layer][trace.drawn.index(head)]
 
 
