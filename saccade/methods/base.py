@@ -9,6 +9,8 @@ Editor.edit -> weights           changes the attention weights, and pays for the
 
 Methods without weights are frozen dataclasses of hyperparameters: the dataclass is the config, `asdict` is the plan
 entry. State lives in `call.memory` (this layer, as long as the cache) and `call.step` (all layers of one forward).
+Tokens may be taken back and written over while a method does not look: a dict in the memory whose "slots" says how many
+of the first slots it describes is cut by `saccade.methods.apply` to what still stands.
 """
 
 from __future__ import annotations

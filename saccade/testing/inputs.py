@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saccade.cache.store import Store, call_for
 from saccade.core.pattern import Pattern
+from saccade.core.rope import Rope
 from saccade.core.table import find
 from saccade.methods.apply import Seen, apply, phase_of
 from saccade.methods.base import Attention, CachePolicy, Layer, Method
@@ -25,6 +26,10 @@ _INSTANCES: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {}),
     "oracle": ("oracle", {"budget": 48, "block_q": 16, "block_k": 16}),
     "oracle-share": ("oracle", {"budget": 0.2, "block_q": 32, "block_k": 8}),
+    "above": (
+        "above",
+        {"inner": {"method": "pooled", "args": {"budget": 48, "block_q": 16, "block_k": 16}}, "length": 90},
+    ),
     "random": ("random", {"budget": 48, "block_q": 16, "block_k": 16, "seed": 3}),
     "random-wide": ("random", {"budget": 0.3, "block_q": 8, "block_k": 32}),
     "pooled": ("pooled", {"budget": 48, "block_q": 16, "block_k": 16}),
@@ -33,12 +38,36 @@ _INSTANCES: dict[str, tuple[str, dict[str, Any]]] = {
     "streaming-no_sink": ("streaming", {"sink": 0, "recent": 17}),
     "trishape": ("trishape", {"sink": 3, "recent": 9, "last": 20}),
     "minference": ("minference", {"columns": 40, "diagonals": 110, "last": 16, "block": 16}),
+    "hyper": ("hyper", {"block": 7, "samples": 5, "bits": 3, "exact_below": 24, "seed": 2}),
+    "hyper-blocks_only": ("hyper", {"block": 16, "samples": 0, "bits": 5, "exact_below": 40}),
+    "s2": ("s2", {"block": 12, "local": 2, "stride": 3}),
+    "s2-shared": ("s2", {"block": 8, "local": 3, "stride": 4, "step": 2, "share": 2}),
+    "xattention": ("xattention", {"threshold": 0.6, "stride": 4, "block": 12, "most": 0.5}),
+    "flexprefill": ("flexprefill", {"gamma": 0.5, "tau": 0.25, "least": 20, "block": 12, "most": 0.5}),
+    "hip": (
+        "hip",
+        {"budget": 60, "sink": 3, "window": 10, "block_q": 16, "block_k": 4, "stride": 3, "refresh": 3, "first": 1},
+    ),
+    "longheads": ("longheads", {"keys": 40, "chunk": 8, "begin": 24, "block_q": 12}),
     "tidal": ("tidal", {"budget": 24, "first": 0, "correct": 2}),
     "tidal-free": ("tidal", {"budget": 24, "first": 1, "correct": 9, "keep_newest": False}),
+    "quest": ("quest", {"budget": 42, "block_k": 7, "first": 1}),
+    "quest-together": ("quest", {"budget": 24, "block_k": 16, "first": 0, "together": True}),
+    "recycled": ("recycled", {"budget": 24, "stride": 3, "kernel": 3, "together": False}),
+    "recycled-trigger": ("recycled", {"budget": 17, "stride": 2, "threshold": 0.9}),
+    "actqkv": ("actqkv", {"budget": 84, "window": 16, "block_k": 8, "sink": 5, "near": 9, "together": False}),
+    "actqkv-together": ("actqkv", {"budget": 84, "window": 16, "block_k": 8, "sink": 5, "near": 9, "adapt": 0.5}),
     "duo": ("duo", {"sink": 4, "recent": 13}),
     "duo-no_sink": ("duo", {"sink": 0, "recent": 24}),
+    "h2o": ("h2o", {"heavy": 9, "recent": 7}),
+    "snapkv": ("snapkv", {"capacity": 40, "window": 6, "kernel": 3, "slack": 5}),
+    "razor": ("razor", {"sink": 3, "least": 11, "ratio": 20, "slack": 4}),
+    "razor-no_mean": ("razor", {"sink": 0, "least": 19, "ratio": 30, "slack": 0, "compensate": False}),
+    "moa": ("moa", {"span": 33, "sink": 5, "least": 20, "block": 8}),
     "routing": ("routing", {"width": WIDTH, "heads": 4, "clusters": 4, "window": 16, "recent": 8}),
     "routing-only": ("routing", {"width": WIDTH, "heads": 2, "clusters": 3, "window": 40, "local_heads": 0}),
+    "hard": ("hard", {"budget": 21}),
+    "hard-signs": ("hard", {"budget": 9, "candidates": 40}),
     "lightning": ("lightning", {"width": WIDTH, "heads": 4, "layer": 1, "layers": 3}),
     "lightning-three": ("lightning", {"width": WIDTH, "heads": 3, "head_dim": 8}),
 }
@@ -62,6 +91,16 @@ def _build(name: str, args: dict[str, Any]) -> Method:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return cls(**args).double().eval()
+
+
+def rope_for(width: int) -> Rope:
+    """The rotation that made-up keys are taken to have.
+
+    Example:
+        >>> rope_for(8).frequencies.shape
+        torch.Size([4])
+    """
+    return Rope(100.0 ** -torch.linspace(0, 1, width // 2, dtype=torch.float64))
 
 
 class Stream(NamedTuple):
@@ -209,7 +248,10 @@ class Feed:
             asked.append(q[rows] if valid is None else q[rows][:, :, real])
             if not real.any():
                 continue
-            fields = dict(layer=at, step=steps.setdefault(rows.start, {}), memory=store.memory_of(rows), rng=self.rng)
+            rope = rope_for(q.shape[3])
+            fields = dict(
+                layer=at, rope=rope, step=steps.setdefault(rows.start, {}), memory=store.memory_of(rows), rng=self.rng
+            )
             for view in store.views(rows):
                 heads = [h * share + i for h in view.heads for i in range(share)]
                 mine = asked[-1] if len(heads) == q.shape[1] else asked[-1][:, heads]
@@ -218,7 +260,8 @@ class Feed:
                 o = apply(mine, view.k, view.v, call, methods, view.policy, found.append, view.bias)
                 # the store writes over its keys and positions
                 k_pos = None if call.k_pos is None else call.k_pos.clone()
-                kept = dict(call=replace(call, k_pos=k_pos), k=view.k.clone(), v=view.v.clone())
+                bias = None if view.bias is None else view.bias.clone()
+                kept = dict(call=replace(call, k_pos=k_pos), k=view.k.clone(), v=view.v.clone(), bias=bias)
                 self.looks += [Look(replace(seen, **kept), o, phase) for seen in found]
                 for i, h in enumerate(heads):
                     out[rows, h, real.nonzero().flatten()] = o[:, i]

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from saccade.core.call import Call
 from saccade.core.errors import UnsupportedError
+from saccade.core.pattern import Pattern
 from saccade.kernels.scores import pooled_scores
-from saccade.methods.base import Scorer
+from saccade.kernels.topk import top_pooled
+from saccade.methods.base import Scorer, budget_tokens
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,27 @@ class Pooled(Scorer):
         if not call.contiguous:
             raise UnsupportedError("Pooled: needs a store without holes or padding; run such rows one by one")
         scores = pooled_scores(q, k, self.block_q, self.block_k)
-        first = torch.arange(0, call.shape.N, self.block_q, device=q.device) + call.offset
-        last = (first + self.block_q).clamp(max=call.shape.M) - 1
-        own, end = first // self.block_k, last // self.block_k
-        # a query block over several key blocks could pick only one that starts after its first row
+        if not call.causal:
+            return scores
+        own, end = self._forced(call, q.device)
         at = torch.arange(scores.shape[3], device=q.device)
-        forced = (at == own[:, None]) & (own < end)[:, None]
-        return scores.masked_fill(forced, float("inf")) if call.causal else scores
+        return scores.masked_fill((at >= own[:, None]) & (at < end[:, None]), float("inf"))
+
+    def select(self, q: Tensor, k: Tensor, call: Call) -> Pattern:
+        """The top blocks of `score`, which at a million tokens is too large to be held."""
+        if not call.contiguous:
+            raise UnsupportedError("Pooled: needs a store without holes or padding; run such rows one by one")
+        count = -(-budget_tokens(self.budget, call.shape.M) // self.block_k)
+        forced = self._forced(call, q.device) if call.causal else None
+        return top_pooled(q, k, count, self.block_q, self.block_k, call, forced=forced)
+
+    def _forced(self, call: Call, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The first row's key block where rows behind it have later ones: [own, own + 1), else nothing, [own, own)."""
+        first = torch.arange(0, call.shape.N, self.block_q, dtype=torch.int32, device=device) + call.offset
+        last = (first + self.block_q).clamp(max=call.shape.M) - 1
+        own = first // self.block_k
+        # a query block over several key blocks could pick only one that starts after its first row
+        return own, own + (own < last // self.block_k).int()
 
     def estimate(self, call: Call) -> float:
         B, H, _, N, M = call.shape

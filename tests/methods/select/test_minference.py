@@ -124,12 +124,12 @@ def test_conversion_of_an_offset_between_blocks():
     # rows 64..127 at offset 10 need keys 54..117: both blocks; at offset 64 keys 0..63: the first alone
     q = torch.zeros(1, 1, 192, 1)
     index = diagonal_blocks(torch.tensor([[[0, 10]]]), Call.of(q, q), 64).index
-    assert index.tolist() == [[[[0, -1], [1, 0], [2, 1]]]]
+    assert index.tolist() == [[[[0, -1], [0, 1], [1, 2]]]]
     index = diagonal_blocks(torch.tensor([[[0, 128]]]), Call.of(q, q), 64).index
-    assert index.tolist() == [[[[0, -1], [1, -1], [2, 0]]]]
+    assert index.tolist() == [[[[0, -1], [1, -1], [0, 2]]]]
     # rows 128..191 at offset 127 need keys 1..64, rows 64..127 keys 0 and below
     index = diagonal_blocks(torch.tensor([[[0, 127]]]), Call.of(q, q), 64).index
-    assert index.tolist() == [[[[0, -1, -1], [1, 0, -1], [2, 1, 0]]]]
+    assert index.tolist() == [[[[0, -1, -1], [0, 1, -1], [0, 1, 2]]]]
 
 
 def test_conversion_in_a_chunk():
