@@ -1,64 +1,173 @@
-"""`saccade bench attend`: attention alone, against torch's own in the same run."""
+"""`saccade bench`: kernels and whole models, timed beside their peers in the same run."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
-from saccade.cli.arguments import positive
+from saccade.cli.arguments import numbers, positive
 from saccade.cli.main import Result
 from saccade.cli.progress import Progress
 from saccade.cli.table import number, table
+from saccade.core.errors import UnsupportedError
 
-HELP = "time attention alone on random causal blocks, against torch's scaled_dot_product_attention"
+HELP = "time attention, decoding, selection, scans or a whole model against their peers in the same run"
+VERBS = {
+    "attend": "softmax attention over blocks (cuda: also FlexAttention, backwards, columns and diagonals)",
+    "decode": "one query over a long store",
+    "select": "choosing what is read",
+    "scan": "linear attention",
+    "e2e": "prefill and decode of an 8B Llama's shape with random weights",
+}
+PEERS = ("sdpa-flash", "sdpa-cudnn", "flex")
+CPU, GPU = (4, 2, 64, 5), (32, 8, 128, 20)  # query heads, key heads, width, runs of a median
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What to time."""
-    parser.add_argument("verb", choices=("attend",), help="attend: softmax attention over blocks")
+    parser.add_argument("verb", choices=VERBS, help="; ".join(f"{verb}: {what}" for verb, what in VERBS.items()))
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
-    parser.add_argument("--length", type=positive, default=32768, help="tokens (32768)")
-    parser.add_argument("--density", type=float, default=0.1, help="share of the causal pairs that is read (0.1)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="float32", help="(float32)")
-    parser.add_argument("--heads", type=positive, default=4, help="query heads (4)")
-    parser.add_argument("--kv-heads", type=positive, default=2, help="key heads (2)")
-    parser.add_argument("--width", type=positive, default=64, help="channels of a head (64)")
+    parser.add_argument("--length", type=numbers, default=[32768], metavar="N,...", help="tokens (32768)")
+    parser.add_argument(
+        "--density", type=shares, default=[0.1], metavar="R,...", help="shares of the causal pairs read (0.1)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "both"), help="(cpu: float32, cuda: bfloat16)"
+    )
+    parser.add_argument("--heads", type=positive, help="query heads (cpu: 4, cuda: 32)")
+    parser.add_argument("--kv-heads", type=positive, help="key heads (cpu: 2, cuda: 8)")
+    parser.add_argument("--width", type=positive, help="channels of a head (cpu: 64, cuda: 128)")
     parser.add_argument("--block", type=positive, default=128, help="rows and keys of a block (128)")
-    parser.add_argument("--repeat", type=positive, default=5, help="turns, of which the medians are shown (5)")
+    parser.add_argument("--repeat", type=positive, help="runs that a median is made of (cpu: 5, cuda: 20, e2e: 1)")
+    parser.add_argument("--peers", type=words, default=list(PEERS), help=f"attend on cuda ({','.join(PEERS)})")
+    parser.add_argument("--backward", action="store_true", help="attend on cuda: also the gradients")
+    parser.add_argument("--slash", action="store_true", help="attend on cuda: also columns and diagonals")
+    parser.add_argument("--layers", type=positive, default=32, help="e2e: layers of the model (32)")
+    parser.add_argument("--prefill", default="pooled", help="e2e: pooled or minference (pooled)")
+    parser.add_argument("--decode", default="tidal", help="e2e: a decode method (tidal)")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's own choice)")
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Check, then time, per dtype."""
+    """Check, then time, row by row."""
     import torch
 
-    from saccade.evaluate.bench import Case, measure
     from saccade.evaluate.model import DTYPES, check_device
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = check_device(args.device)
-    names = ("float32", "bfloat16") if args.dtype == "both" else (args.dtype,)
-    progress = Progress(len(names) * (args.repeat + 1))
-    rows = []
-    for name in names:
-        case = Case(args.length, args.density, args.heads, args.kv_heads, args.width, args.block, DTYPES[name], device)
-        rows.append(measure(case, args.repeat, done=progress.step))
+    device = str(check_device(args.device))
+    gpu = device.startswith("cuda")
+    heads, kv_heads, width, repeat = GPU if gpu else CPU
+    args.heads, args.kv_heads = args.heads or heads, args.kv_heads or kv_heads
+    args.width = args.width or width
+    args.repeat = args.repeat or (1 if args.verb == "e2e" else repeat)
+    name = args.dtype or ("bfloat16" if gpu else "float32")
+    dtypes = [DTYPES[n] for n in (("float32", "bfloat16") if name == "both" else (name,))]
+    progress = Progress(0)
+    rows: list[dict[str, Any]] = []
+    for dtype in dtypes:
+        rows += _rows(args, dtype, device, progress.say)
     progress.clear()
+    data = {"rows": rows, "torch": torch.__version__, "threads": torch.get_num_threads(), "command": args.command_line}
+    where = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    if gpu:
+        data["machine"] = torch.cuda.get_device_name(device)
+        where = f"{data['machine']}, torch {torch.__version__}"
+    return Result(data, f"{_table(rows)}\n{where}")
+
+
+def shares(text: str) -> list[float]:
+    """Shares in (0, 1] separated by commas, for argparse."""
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = []
+    if not found or not all(0 < share <= 1 for share in found):
+        raise argparse.ArgumentTypeError(f"must be numbers in (0, 1], got {text!r}")
+    return found
+
+
+def words(text: str) -> list[str]:
+    """Names of peers separated by commas, for argparse."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    wrong = [part for part in found if part not in PEERS]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(PEERS)}, got {', '.join(wrong)}")
+    return found
+
+
+def _rows(args: argparse.Namespace, dtype: Any, device: str, done: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The rows of a verb in one dtype."""
+    gpu = device.startswith("cuda")
+    found: list[dict[str, Any]] = []
+    if args.verb == "attend" and gpu:
+        from saccade.evaluate.bench_attend import attend_rows
+        from saccade.evaluate.bench_clock import ceiling
+
+        limits = ceiling(device, dtype)
+        sizes = {"heads": args.heads, "kv_heads": args.kv_heads, "width": args.width, "block": args.block}
+        choice = {"peers": args.peers, "backward": args.backward, "slash": args.slash}
+        for length in args.length:
+            found += attend_rows(
+                length, args.density, dtype, device, args.repeat, limits=limits, done=done, **choice, **sizes
+            )
+        return found
+    for length in args.length:
+        if args.verb == "scan":
+            from saccade.evaluate.bench_scan import scan_rows
+
+            impl = "triton" if gpu else "chunked"
+            sizes = {"heads": args.heads, "width": args.width}
+            found += scan_rows(length, dtype, device, args.repeat, impl=impl, done=done, **sizes)
+            continue
+        for density in args.density:
+            if args.verb == "attend":
+                from saccade.evaluate.bench import Case, measure
+
+                case = Case(length, density, args.heads, args.kv_heads, args.width, args.block, dtype, device)
+                found.append(measure(case, args.repeat, done=done))
+            elif args.verb == "decode":
+                from saccade.evaluate.bench_decode import decode_rows
+
+                found += decode_rows(length, density, dtype, device, args.repeat)
+            elif args.verb == "select":
+                from saccade.evaluate.bench_select import select_rows
+
+                found += select_rows(length, density, dtype, device, args.repeat)
+            elif args.verb == "e2e":
+                found += _e2e(args, length, density, dtype, device, done)
+    return found
+
+
+def _e2e(
+    args: argparse.Namespace, length: int, density: float, dtype: Any, device: str, done: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    if not device.startswith("cuda"):
+        raise UnsupportedError("bench e2e: a model of this size needs a GPU; use --device cuda")
+    from saccade.evaluate.bench_e2e import Shape, e2e_rows
+
+    shape, methods = Shape(layers=args.layers), {"prefill": args.prefill, "decode": args.decode}
+    return e2e_rows(length, density, dtype, device, args.repeat, shape=shape, done=done, **methods)
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """All rows under the fields that all of them have, and what they are in a last column."""
     cells = [
         [
             row["impl"],
+            row["peer"],
             row["dtype"],
             str(row["length"]),
             f"{row['density']:.3f}",
-            number(row["ms"], ".1f"),
-            number(row["gflops"], ".0f"),
-            number(row["peer_ms"], ".1f"),
-            number(row["peer_gflops"], ".0f"),
+            number(row["ms"], ".3f"),
+            number(row["peer_ms"], ".3f"),
             f"{row['speedup']:.2f}x",
+            number(row.get("floor_ms", row.get("ceiling_ms")), ".3f"),
+            ", ".join(str(row[key]) for key in ("pattern", "decay", "direction", "method") if key in row) or "-",
         ]
         for row in rows
     ]
-    head = ["impl", "dtype", "length", "density", "ms", "GFLOP/s", "sdpa ms", "GFLOP/s", "speedup"]
-    where = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    data = {"rows": rows, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    return Result(data, f"{table(head, cells, 'llrrrrrrr')}\n{where}")
+    head = ["impl", "peer", "dtype", "length", "density", "ms", "peer ms", "speedup", "floor ms", "what"]
+    return table(head, cells, "lllrrrrrrl")

@@ -19,3 +19,11 @@ class UnsupportedError(SaccadeError, NotImplementedError):
 
 class FileError(SaccadeError, OSError):
     """A file that is missing, truncated or not what its name says."""
+
+
+class SpaceError(SaccadeError, MemoryError):
+    """No room left: host memory, a disk, or a limit that the caller set. Nothing was lost."""
+
+
+class DamagedError(SaccadeError):
+    """Data that is not what was put away: another layer's, or written over."""

@@ -1,4 +1,4 @@
-"""The bench of attention alone: random causal blocks at a measured density, checked first, then timed against SDPA.
+"""The bench of attention alone on a CPU: random causal blocks at a measured density, checked, then timed against SDPA.
 
 The query heads of a key head share its lists, as in selection that is made for grouped heads.
 """
@@ -35,6 +35,7 @@ class Case:
         block: rows and slots of a block.
         dtype: of the tensors.
         device: "cpu" or "cuda".
+        lists: lists of key blocks: one for each key head (None), or as many as there are query heads.
     """
 
     length: int
@@ -45,6 +46,7 @@ class Case:
     block: int = 128
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    lists: int | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.density <= 1.0:
@@ -55,19 +57,20 @@ class Case:
 
 def tensors(case: Case, length: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Random q [1,H,N,D], k and v [1,G,N,D]."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator(case.device).manual_seed(seed)
 
     def draw(heads: int) -> Tensor:
-        drawn = torch.randn(1, heads, length, case.width, generator=rng)
-        return drawn.to(case.device, case.dtype)
+        return torch.randn(1, heads, length, case.width, generator=rng, device=case.device).to(case.dtype)
 
     return draw(case.heads), draw(case.kv_heads), draw(case.kv_heads)
 
 
 def random_blocks(case: Case, length: int, seed: int = 0) -> tuple[Blocks, float]:
-    """Random causal key blocks for each key head, each row's own always among them, and the density measured."""
+    """Random causal key blocks for each list, each row's own always among them, and the density measured."""
     count = -(-length // case.block)
-    scores = torch.rand(1, case.kv_heads, count, count, generator=torch.Generator().manual_seed(seed))
+    rng = torch.Generator(case.device).manual_seed(seed)
+    lists = case.kv_heads if case.lists is None else case.lists
+    scores = torch.rand(1, lists, count, count, generator=rng, device=case.device)
     scores.diagonal(dim1=2, dim2=3).fill_(float("inf"))
     call = _call(case, length)
 
@@ -82,11 +85,10 @@ def random_blocks(case: Case, length: int, seed: int = 0) -> tuple[Blocks, float
         low, high = (low, middle) if made(middle)[1] >= case.density else (middle + 1, high)
     blocks, density = made(low)
     # one block more or less in every row is a coarse step: what is too much is dropped by lot, but no row's own block
-    rng = torch.Generator().manual_seed(seed + 1)
-    lot = torch.rand(blocks.index.shape, generator=rng) < 1 - case.density / density
-    own = torch.arange(count)[:, None] == blocks.index
+    lot = torch.rand(blocks.index.shape, generator=rng, device=case.device) < 1 - case.density / density
+    own = torch.arange(count, device=case.device)[:, None] == blocks.index
     index = torch.where((blocks.index < 0) | (lot & ~own), count, blocks.index).sort(-1).values
-    blocks = Blocks(torch.where(index == count, -1, index).int().to(case.device), case.block, case.block)
+    blocks = Blocks(torch.where(index == count, -1, index).int(), case.block, case.block)
     return blocks, blocks.density(call)
 
 

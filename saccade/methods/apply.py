@@ -86,7 +86,8 @@ def apply(
         o [B,H,N,Dv].
 
     Raises:
-        UnsupportedError: a bias, and a method that gives the answer itself.
+        UnsupportedError: a bias, and a method that gives the answer itself; tokens outside of the store, and a method
+            that reads the store only.
     """
     H, share = call.shape.H, call.shape.H // call.shape.G
     if call.contiguous:
@@ -96,6 +97,7 @@ def apply(
                 held["slots"] = call.offset
     ids = call.heads
     default = policy.pattern(call) if policy is not None else Full()
+    away = policy is not None and policy.away(call)
     left = set(range(H))
     patterns: list[tuple[tuple[int, ...], Pattern]] = []
     answers: list[tuple[tuple[int, ...], Tensor]] = []
@@ -111,7 +113,12 @@ def apply(
             kv = kv_heads(local, share)
             mine, sub = q[:, list(local)], call.take(local, kv)
             keys, values = (t if kv == tuple(range(t.shape[1])) else t[:, list(kv)] for t in (k, v))
-        if isinstance(method, Selector):
+        if away and not method.reads_far:
+            raise UnsupportedError(
+                f"{type(method).__name__} reads the store only, and {type(policy).__name__} has moved tokens of these "
+                "heads out of it; give them retrieval or fetch, or no method, which is dense"
+            )
+        if isinstance(method, Selector) and not away:
             patterns.append((local, method.select(mine, keys, sub)))
             estimate += method.estimate(sub)
         elif bias is not None:
@@ -123,7 +130,13 @@ def apply(
             answers.append((local, method.attend(mine, keys, values, sub).o))
             # one that does not say what it costs makes the sum unknown
             estimate += method.estimate(sub) or math.nan
-    if left:
+    if left and away and policy is not None:
+        rest = tuple(sorted(left))
+        kv = kv_heads(rest, share)
+        sub = call.take(rest, kv)
+        answers.append((rest, policy.attend(q[:, list(rest)], k[:, list(kv)], v[:, list(kv)], sub).o))
+        estimate += policy.estimate(sub) or math.nan
+    elif left:
         patterns.append((tuple(sorted(left)), default.heads(sorted(left), call)))
     if not answers:
         pattern = patterns[0][1] if len(patterns) == 1 else PerHead(tuple(patterns))
@@ -141,3 +154,15 @@ def apply(
         watch(Seen(call, q, k, v, None, estimate, tuple(names), bias))
     order = torch.tensor([i for local, _ in answers for i in local], device=q.device).argsort()
     return torch.cat([o for _, o in answers], 1).index_select(1, order)
+
+
+def overheard(
+    q: Tensor, k: Tensor, call: Call, methods: Sequence[tuple[tuple[int, ...] | None, Attention]]
+) -> None:
+    """Tell the methods that are to decode what a prompt asked: see `Attention.prompt`."""
+    H, share = call.shape.H, call.shape.H // call.shape.G
+    for heads, method in methods:
+        local = tuple(i for i in range(H) if heads is None or call.heads[i] in heads)
+        if local and type(method).prompt is not Attention.prompt:
+            kv = kv_heads(local, share)
+            method.prompt(q[:, list(local)], k[:, list(kv)], call.take(local, kv))

@@ -51,6 +51,7 @@ class Method:
             instance may say so by its arguments.
         full_steps: now and then a query reads everything, beside others of its call that keep to the budget.
         whole_store: needs every token of every layer in the store (no eviction beside it).
+        reads_far: reads what a policy has moved out of the store, too (see `CachePolicy.away`).
         trained: needs trained weights.
         paper: short reference.
     """
@@ -63,6 +64,7 @@ class Method:
     separate: bool = True
     full_steps: ClassVar[bool] = False
     whole_store: ClassVar[bool] = False
+    reads_far: ClassVar[bool] = False
     trained: ClassVar[bool] = False
     paper: ClassVar[str] = ""
 
@@ -80,6 +82,9 @@ class Attention(Method):
         For a selector that is the selection. A method without a pattern counts all it does; 0 = it does not say.
         """
         return 0.0
+
+    def prompt(self, q: Tensor, k: Tensor, call: Call) -> None:
+        """Called with a prompt's queries and keys after its attention, where this method is to decode: to learn."""
 
 
 class Selector(Attention):
@@ -125,9 +130,14 @@ class Scorer(Selector):
 
 
 class CachePolicy(Method):
-    """Says what survives in the cache. Called after attention, with the queries that were just answered."""
+    """Says what survives in the cache. Called after attention, with the queries that were just answered.
+
+    Class attributes:
+        lossless: what leaves the store lies elsewhere and can be read; heads that no method serves stay dense.
+    """
 
     phases: ClassVar[tuple[str, ...]] = ("cache",)
+    lossless: ClassVar[bool] = False
 
     def keep(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | None:
         """Slots that stay [B|1, G|1, K], ascending, or None for all. call.k_pos holds what is stored."""
@@ -143,6 +153,18 @@ class CachePolicy(Method):
     def pattern(self, call: Call) -> Pattern:
         """What queries of these heads see of what is stored, where the plan names no other method for them."""
         return Full()
+
+    def away(self, call: Call) -> bool:
+        """Do tokens of this call lie outside of the store? Then methods must read them (`reads_far`)."""
+        return False
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Out:
+        """The answer for heads that no method serves, asked for only while tokens are `away`."""
+        raise NotImplementedError(f"{type(self).__name__} must implement attend, or leave nothing away")
+
+    def estimate(self, call: Call) -> float:
+        """Pairs that `attend` scores."""
+        return 0.0
 
     def claim(self, seen: int) -> int:
         """The most slots per head held after `seen` tokens; a test compares it with the bytes in memory."""

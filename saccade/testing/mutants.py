@@ -277,8 +277,8 @@ MUTANTS: dict[str, Mutant] = {
     "query_written_into": Mutant(patched(tiled, "attend", _writes_into_q), "dense", ("inputs_unchanged",)),
     "empty_row_is_nan": Mutant(patched(tiled, "softmax", _unmasked_rows), "streaming", ("fully_masked_rows",)),
     "empty_slot_is_a_key": Mutant(patched(Call, "sees", _nothing_is_padding), "tidal", ("fully_masked_rows",)),
-    "budget_ignored": Mutant(patched(Scorer, "select", _everything), "pooled", ("within_budget",)),
-    "block_lost": Mutant(patched(Scorer, "select", _one_block_less), "pooled", ("dense_at_full_budget",)),
+    "budget_ignored": Mutant(patched(Scorer, "select", _everything), "oracle", ("within_budget",)),
+    "block_lost": Mutant(patched(Scorer, "select", _one_block_less), "oracle", ("dense_at_full_budget",)),
     "window_looks_ahead": Mutant(patched(Streaming, "select", _looks_ahead), "streaming", ("strictly_causal",)),
     "chunk_without_sink": Mutant(
         patched(Streaming, "select", _sink_of_the_chunk), "streaming", ("chunked_prefill", "prefill_then_decode")

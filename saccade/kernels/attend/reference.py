@@ -18,7 +18,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: Call, key_bi
     scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * call.softmax_scale(D)
     if key_bias is not None:
         scores = scores + per_head(key_bias, call)[:, :, None, :].to(wide)
-    mask = pattern.mask(call)
+    mask = pattern.mask(call, torch.arange(q.shape[2], device=q.device))
     scores = scores.masked_fill(~mask, float("-inf"))
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - torch.where(lse.isneginf(), 0.0, lse)[..., None])

@@ -68,7 +68,7 @@ def _full(job: Job) -> Out:
         future = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).triu(1) if b - a > 1 else None
 
         def tile(q: Tensor, k: Tensor, v: Tensor, future: Tensor | None = future, n: int = b - a) -> Out:
-            scores = q @ k.transpose(-1, -2)
+            scores = _scores(q, k)
             if future is not None:
                 tail = scores.view(B, G, H // G, n, -1)[..., -n:]
                 tail.masked_fill_(future, NEG_INF)
@@ -97,7 +97,7 @@ def _window(job: Job, pattern: Window) -> Out:
         hidden = (keys > rows) | ((rows - keys >= recent) & (keys >= sink))
 
         def tile(q: Tensor, k: Tensor, v: Tensor, far: int = far, hidden: Tensor = hidden, n: int = b - a) -> Out:
-            scores = q @ k.transpose(-1, -2)
+            scores = _scores(q, k)
             band = scores.view(B, G, H // G, n, -1)[..., far:]
             band.masked_fill_(hidden, NEG_INF)
             return softmax(scores, v, lse)
@@ -138,7 +138,7 @@ def _tokens(job: Job, pattern: Tokens) -> Out:
         ) -> Out:
             keys, values = (t[batch, head, where] for t in (k, v))
             if shared:
-                scores = q @ keys[:, :, 0].transpose(-1, -2)
+                scores = _scores(q, keys[:, :, 0])
             else:
                 scores = (q[..., None, :] @ keys.transpose(-1, -2)).squeeze(-2)
             if extra is not None:
@@ -200,7 +200,7 @@ def _masked(job: Job, pattern: Pattern) -> Out:
             hidden = hidden | part.mask(call, rows)
 
         def tile(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, hidden: Tensor = hidden, n: int = n) -> Out:
-            scores = (q @ k.transpose(-1, -2)).view(B, H, n, M)
+            scores = _scores(q, k).view(B, H, n, M)
             if bias is not None:
                 scores = scores + bias[:, :, None]
             scores = scores.masked_fill(hidden, NEG_INF)
@@ -245,6 +245,13 @@ def _by_size(pattern: Window, call: Call) -> PerHead:
     for h, pair in enumerate(zip(*sizes, strict=True)):
         heads.setdefault(pair, []).append(h)
     return PerHead(tuple((tuple(ids), Window(*pair)) for pair, ids in heads.items()))
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T, contiguous. A few rows against many keys: the product from the keys' side reads them once, in order."""
+    if q.shape[-2] > PACKED or q.is_cuda:
+        return q @ k.transpose(-1, -2)
+    return (k @ q.transpose(-1, -2)).transpose(-1, -2).contiguous()
 
 
 def _unpack(out: Out, B: int, H: int, n: int) -> Out:
