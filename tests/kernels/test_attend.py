@@ -140,8 +140,8 @@ def test_tile_size_changes_nothing(kind, tile, monkeypatch):
     (q, k, v), rng = make(70, 129)
     pattern, call = make_pattern(kind, 70, 129, rng), Call.of(q, k)
     want = attend(q, k, v, pattern, call)
-    monkeypatch.setattr(tiled, "TILE", tile)
-    monkeypatch.setattr(blocks, "TILE", tile)
+    monkeypatch.setattr(tiled, "tile_size", lambda device: tile)
+    monkeypatch.setattr(blocks, "tile_size", lambda device: tile)
     same(attend(q, k, v, pattern, call), want)
 
 

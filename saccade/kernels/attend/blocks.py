@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.core.call import Call
 from saccade.core.pattern import Blocks, Pattern, per_head
-from saccade.kernels.attend.tile import NEG_INF, TILE, Job, run, softmax, training, wide
+from saccade.kernels.attend.tile import NEG_INF, Job, run, softmax, tile_size, training, wide
 from saccade.kernels.merge import Out
 
 
@@ -91,7 +91,7 @@ def _whole(lines: Lines, index: Tensor, rest: Out) -> Out:
     where = lines.base[:, None] + index.clamp_min(0)
     at = 0
     for K, count in zip(*(t.tolist() for t in cuts), strict=True):
-        step = max(1, TILE // (lines.q.shape[1] * lines.bk * max(K, 1)))
+        step = max(1, tile_size(lines.q.device) // (lines.q.shape[1] * lines.bk * max(K, 1)))
         for a in range(at, at + count if K else at, step):
             mine = order[a : min(a + step, at + count)]
             blocks = where[mine, :K].flatten()
@@ -112,7 +112,7 @@ def _masked(job: Job, lines: Lines, index: Tensor, lse: bool) -> Out:
     M, rows, bk, Dv = job.call.shape.M, lines.q.shape[1], lines.bk, lines.v.shape[1] // lines.bk
     columns = torch.arange(index.shape[1], device=index.device)
     used = (index >= 0).int().mul(columns + 1).amax(1).tolist() if len(columns) else [0] * len(index)
-    tiles = _tiles(used, rows * bk)
+    tiles = _tiles(used, rows * bk, tile_size(index.device))
     read = torch.tensor([K for a, b, K in tiles for _ in range(a, b)], device=index.device)
     start = index * bk
     edge = (index < 0) | (start + bk > M)
@@ -181,12 +181,12 @@ def _edges(start: Tensor, first: Tensor, lines: Lines, call: Call) -> tuple[Tens
     return ways, torch.where(start < 0, 0, call.shape.M - start).clamp(0, bk)
 
 
-def _tiles(used: list[int], entries: int) -> list[tuple[int, int, int]]:
-    """Cut lines into tiles (first, last, blocks read) of at most TILE scores, a multiple of the threads each."""
+def _tiles(used: list[int], entries: int, most: int) -> list[tuple[int, int, int]]:
+    """Cut lines into tiles (first, last, blocks read) of at most `most` scores, a multiple of the threads each."""
     tiles, a, threads = [], 0, torch.get_num_threads()
     while a < len(used):
         K, b = used[a], a + 1
-        while b < len(used) and (b + 1 - a) * entries * max(K, used[b]) <= TILE:
+        while b < len(used) and (b + 1 - a) * entries * max(K, used[b]) <= most:
             K, b = max(K, used[b]), b + 1
         if b < len(used) and b - a > threads:
             b -= (b - a) % threads

@@ -13,7 +13,8 @@ from saccade.core.call import Call
 from saccade.core.pattern import Pattern
 from saccade.kernels.merge import Out
 
-TILE = 1 << 19  # scores in a tile, so that it stays in cache
+PER_THREAD = 1 << 18  # scores in a tile for each CPU thread, so that it stays in the cache of its core
+ON_GPU = 1 << 26  # there a tile must keep the whole device busy
 NEG_INF = float("-inf")
 
 
@@ -48,6 +49,11 @@ def softmax(scores: Tensor, v: Tensor, lse: bool, careful: bool = True) -> Out:
             weights = weights.masked_fill(empty, 0.0)
             sums = None if sums is None else sums.masked_fill(empty, NEG_INF)
     return Out(weights.to(v.dtype) @ v, None if sums is None else sums.squeeze(-1))
+
+
+def tile_size(device: torch.device) -> int:
+    """Scores in a tile."""
+    return PER_THREAD * torch.get_num_threads() if device.type == "cpu" else ON_GPU
 
 
 def wide(t: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """attend in plain PyTorch: gather what a tile of queries reads, one matmul, softmax, one matmul. Any device, trainable.
 
-A tile holds at most TILE scores, so that it stays in cache. Whatever is not contiguous (evicted stores, padded rows)
+A tile holds so many scores that it stays in cache. Whatever is not contiguous (evicted stores, padded rows)
 takes the masked path, which is exact for every pattern. A union is the merge of its parts, each without the pairs of
 the parts before it.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from saccade.core.call import Call, kv_heads
 from saccade.core.pattern import Blocks, Full, Pattern, PerHead, Tokens, Union, Window, per_head
 from saccade.kernels.attend.blocks import attend_blocks
-from saccade.kernels.attend.tile import NEG_INF, TILE, Job, run, softmax
+from saccade.kernels.attend.tile import NEG_INF, Job, run, softmax, tile_size
 from saccade.kernels.merge import Out, merge
 
 PACKED = 16  # up to so many queries, the query heads that share a key head are packed into one matmul
@@ -60,7 +60,7 @@ def _full(job: Job) -> Out:
     if N == M and not lse and q.shape[3] == v.shape[3]:
         o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=H != G)
         return Out(o)
-    step = N if N <= PACKED else max(1, min(64, TILE // (B * H * M)))
+    step = N if N <= PACKED else max(1, min(64, tile_size(q.device) // (B * H * M)))
     outs = []
     for a in range(0, N, step):
         b = min(a + step, N)
@@ -120,7 +120,7 @@ def _tokens(job: Job, pattern: Tokens) -> Out:
     batch = torch.arange(B, device=q.device)[:, None, None, None]
     head = (torch.arange(H, device=q.device) // (H // G))[:, None, None]
     block = next((p.block_q for p in job.without if isinstance(p, Blocks)), 64)
-    step = max(1, TILE // (B * H * K * (1 if shared else q.shape[3])))
+    step = max(1, tile_size(q.device) // (B * H * K * (1 if shared else q.shape[3])))
     step = step if step >= N else max(block, step // block * block)
     outs = []
     for a in range(0, N, step):
@@ -190,7 +190,7 @@ def _masked(job: Job, pattern: Pattern) -> Out:
     """Dense scores under a mask, some rows at a time: right for every pattern and every store."""
     q, k, v, call, bias, lse = job.q, job.k, job.v, job.call, job.bias, job.lse
     B, H, G, N, M = call.shape
-    step = N if N <= PACKED else max(1, TILE // (B * H * M))
+    step = N if N <= PACKED else max(1, tile_size(q.device) // (B * H * M))
     outs = []
     for a in range(0, N, step):
         rows = torch.arange(a, min(a + step, N), device=q.device)

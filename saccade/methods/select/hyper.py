@@ -11,13 +11,12 @@ from torch import Tensor
 from saccade.core.call import Call
 from saccade.core.errors import InputError, UnsupportedError
 from saccade.kernels.attend import attend
-from saccade.kernels.attend.tile import TILE, run, softmax
+from saccade.kernels.attend.tile import run, softmax, tile_size
 from saccade.kernels.merge import Out, merge
 from saccade.methods.base import Attention
 
 WORD = 0xFFFFFFFF  # 32 bits
 ROWS = 64  # queries in a line where all keys are read
-WIDE_TILE = 1 << 26  # scores in a tile on a device with memory to spare and launches to save
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def _in_lines(q: Tensor, k: Tensor, v: Tensor, rows: int, hidden: Tensor | None 
     q = torch.nn.functional.pad(q, (0, 0, 0, lines * rows - n)).unflatten(2, (lines, rows))
     # query heads that share a key head lie one below the other in a line
     q = q.unflatten(1, (h, H // h)).transpose(2, 3).flatten(3, 4)
-    step = max(1, (TILE if q.device.type == "cpu" else WIDE_TILE) // (B * H * rows * W))
+    step = max(1, tile_size(q.device) // (B * H * rows * W))
     outs = []
     for a in range(0, lines, step):
         here = slice(a, min(a + step, lines))
