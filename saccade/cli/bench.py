@@ -43,6 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", type=words, default=list(PEERS), help=f"attend on cuda ({','.join(PEERS)})")
     parser.add_argument("--backward", action="store_true", help="attend on cuda: also the gradients")
     parser.add_argument("--slash", action="store_true", help="attend on cuda: also columns and diagonals")
+    parser.add_argument("--decay", choices=("head", "token", "both"), default="both", help="scan: per what (both)")
     parser.add_argument("--layers", type=positive, default=32, help="e2e: layers of the model (32)")
     parser.add_argument("--prefill", default="pooled", help="e2e: pooled or minference (pooled)")
     parser.add_argument("--decode", default="tidal", help="e2e: a decode method (tidal)")
@@ -116,11 +117,11 @@ def _rows(args: argparse.Namespace, dtype: Any, device: str, done: Callable[[str
         return found
     for length in args.length:
         if args.verb == "scan":
-            from saccade.evaluate.bench_scan import scan_rows
+            from saccade.evaluate.bench_scan import KINDS, scan_rows
 
-            impl = "triton" if gpu else "chunked"
+            impl, kinds = "triton" if gpu else "chunked", KINDS if args.decay == "both" else (args.decay,)
             sizes = {"heads": args.heads, "width": args.width}
-            found += scan_rows(length, dtype, device, args.repeat, impl=impl, done=done, **sizes)
+            found += scan_rows(length, dtype, device, args.repeat, impl=impl, kinds=kinds, done=done, **sizes)
             continue
         for density in args.density:
             if args.verb == "attend":

@@ -58,7 +58,8 @@ def top_pooled(
         [[[[0, 1], [1, 3], [1, 5]]]]
     """
     B, H, N, _ = q.shape
-    mean_q, mean_k = pool(q, block_q), pool(k, block_k)
+    # a choice has no gradient
+    mean_q, mean_k = pool(q.detach(), block_q), pool(k.detach(), block_k)
     nq, nk = mean_q.shape[2], mean_k.shape[2]
     fused = on_gpu(mean_q, mean_k, width=q.shape[3])
     step = max(1, min(nq, SCRATCH // (B * H * nk)))
@@ -92,6 +93,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
         >>> largest(torch.tensor([5.0, -torch.inf, 7.0, 5.0]), 2).tolist()
         [0, 2]
     """
+    scores = scores.detach()
     if scores.ndim == 3 and on_gpu(scores):
         from saccade.kernels.select import triton_topk
 
@@ -117,6 +119,7 @@ def top_tokens(q: Tensor, k: Tensor, count: int, call: Call) -> Tokens:
 
 def _lines(scores: Tensor, count: int, block_q: int, block_k: int, call: Call, first: int) -> Tensor:
     """Lists int32 [B,H,n,min(count,all key blocks)] of query blocks from `first` on, by their scores [B,H,n,m]."""
+    scores = scores.detach()
     if on_gpu(scores):
         from saccade.kernels.select import triton_topk
 

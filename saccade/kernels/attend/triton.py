@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 
+import torch
 from torch import Tensor
 
 from saccade.core.call import Call
@@ -23,7 +25,9 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: Call, bias:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: Call, bias: Tensor | None, lse: bool) -> Out:
     """As `saccade.kernels.attend.attend`, on checked arguments that `refuses` let pass."""
-    return _kernel(call).attend(q, k, v, pattern, call, bias, lse)  # type: ignore[no-any-return]
+    # a kernel is launched on the current device, which need not be the tensors'
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        return _kernel(call).attend(q, k, v, pattern, call, bias, lse)  # type: ignore[no-any-return]
 
 
 def _kernel(call: Call):  # type: ignore[no-untyped-def]

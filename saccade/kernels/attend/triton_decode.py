@@ -25,6 +25,7 @@ from saccade.kernels.attend.tile import training
 from saccade.kernels.merge import Out
 
 WIDTH = 256  # widest head
+USUAL = Tile(64, 64, 4, 2, 4)  # a step for one query and heads of 128
 FEW = 16  # steps of a multiprocessor, up to which there are few
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -91,13 +92,13 @@ def _decode(
 
     Args:
         lists: (index, batched, heads, lines, heads per row of the index, queries per line) for each list.
-        work, units: with TABLE, unit and split of each program, and each unit's line (see `_table`).
+        work, units: with TABLE, unit and split of each program, and each unit's line (see `decode_units.Table`).
         lengths: with AT (keys given by address), slots held per [B,G], and behind them tokens seen per row [B].
         HEADS, QUERIES: without TABLE, query heads and queries (0: all) of a unit.
         BLOCK: slots of a block in each list.
+        WINDOW, FULL: is there a window, and has it no end.
         K_INT, V_INT: keys, values are integers, to be multiplied by a scale for each slot.
         EARLY: this was launched before the kernel before it was done, and so may the next be.
-        WINDOW, FULL: is there a window, and has it no end.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -324,7 +325,10 @@ def given_by(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Given:
 
 
 def run(launch: Launch, q: Tensor, given: Given, bias: Tensor | None, call: Call, Dv: int, lse: bool) -> Out:
-    """The two kernels."""
+    """The two kernels, on q's device."""
+    if q.is_cuda and q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return run(launch, q, given, bias, call, Dv, lse)
     B, H, G, N, _ = call.shape
     D, R, tile, table = q.shape[3], launch.rows, launch.tile, launch.table
     o = q.new_empty((B, H, N, Dv))
@@ -373,20 +377,21 @@ def run(launch: Launch, q: Tensor, given: Given, bias: Tensor | None, call: Call
 def tile_for(q: Tensor, Dv: int, rows: int) -> Tile:
     """The shape of a step for so many query rows per kv head, as measured on an H200."""
     wide = power(max(q.shape[3], Dv))
+    if not _roomy(q.device):
+        return Tile(16, 16, 8, 2, 2) if q.element_size() == 4 else Tile(32, 32, 4, 2, 4)
     if q.element_size() == 4:
         return Tile(32, 16, 4, 3, 2) if wide <= 128 else Tile(16, 16, 8, 2, 2)
     if wide > 128:
         return Tile(32, 64, 4, 2, 4)
     if rows > 16:
         return Tile(64, 64, 4, 3, 2)
-    return Tile(64, 64, 4, 2, 4) if wide == 128 else Tile(128, 64, 4, 2, 3)
+    return USUAL if wide == 128 else Tile(128, 64, 4, 2, 3)
 
 
 def _for_few_blocks(tile: Tile, form: Form, call: Call, device: torch.device) -> Tile:
     """Where all that is read is a few blocks, one program per multiprocessor with more under way is faster."""
-    if not (isinstance(form.sink, int) and isinstance(form.recent, int)) or form.sink or form.recent:
-        return tile
-    if call.shape.N * call.shape.H > 16 * call.shape.G or any(one.block % tile.keys for one in form.lists):
+    window = not (isinstance(form.sink, int) and isinstance(form.recent, int)) or form.sink or form.recent
+    if tile != USUAL or window or any(one.block % tile.keys for one in form.lists):
         return tile
     heads = [call.shape.G if one.entries.shape[1] in (1, call.shape.G) else call.shape.H for one in form.lists]
     read = sum(h * one.entries.shape[3] * one.block for h, one in zip(heads, form.lists, strict=True)) * call.shape.B
@@ -397,6 +402,12 @@ def _for_few_blocks(tile: Tile, form: Form, call: Call, device: torch.device) ->
 def _launches_early(device: torch.device) -> bool:
     """Can a kernel be set up while the one before it is at work? NVIDIA GPUs from Hopper on."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@functools.cache
+def _roomy(device: torch.device) -> bool:
+    """Has a multiprocessor the shared memory of a data centre's GPU? The steps for these take up to 115 KB of it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
 def steps(t: Tensor) -> tuple[int, ...]:

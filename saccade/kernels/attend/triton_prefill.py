@@ -18,14 +18,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from saccade.core.call import Call
-from saccade.core.pattern import Groups, Pattern
+from saccade.core.pattern import Pattern
 from saccade.kernels.attend import triton_backward
-from saccade.kernels.attend.lower import Lowered, lower
+from saccade.kernels.attend.lower import Lowered, lower, unlisted
 from saccade.kernels.attend.tile import training
 from saccade.kernels.merge import Out
 
 LOG2E = 1.4426950408889634
 WIDEST = 256  # of heads
+# bytes of shared memory that the measured tiles need; GPUs with less take a smaller tile
+ROOM, WIDE_ROOM = 160 << 10, 225 << 10
 
 
 class Tile(NamedTuple):
@@ -44,8 +46,9 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: Call, bias:
         return f"it computes in float16, bfloat16 or float32, the tensors are {q.dtype}"
     if max(q.shape[3], v.shape[3]) > WIDEST:
         return f"heads are {q.shape[3]} wide (values {v.shape[3]}), at most {WIDEST} are served"
-    if isinstance(pattern, Groups):
-        return "groups are no pattern of pairs, they have a kernel of their own"
+    strange = unlisted(pattern)
+    if strange is not None:
+        return f"{strange} has no lists of blocks, windows or tokens"
     if training(q, k, v, bias):
         return triton_backward.refuses_gradients(q, k, v, pattern, call, bias)
     return None
@@ -90,7 +93,8 @@ def launch(
             return triton_hopper.launch(q, k, v, lowered, call, scale, lse)
     o = torch.empty((B, H, N, DV), dtype=q.dtype, device=q.device)
     sums = torch.empty((B, H, N), dtype=torch.float32, device=q.device) if lse else None
-    tile = _choose(lowered, max(D, DV), q.dtype) if tile is None else tile
+    masked = bias is not None or call.q_pos is not None
+    tile = _choose(lowered, max(D, DV), q.dtype, masked) if tile is None else tile
     L = lowered.lists
     own_bias = bias is not None and bias.shape[1] > G
     R, P = cut(lowered.block_q, tile.rows, 1 if own_bias else math.gcd(H // L, H // G))
@@ -173,16 +177,24 @@ def _on_hopper(q: Tensor) -> bool:
     return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
 
 
-def _choose(lowered: Lowered, width: int, dtype: torch.dtype) -> Tile:
-    """The tile for a width of heads, as measured on an H200."""
+def _room(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take."""
+    if device.type != "cuda":
+        return WIDE_ROOM
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", WIDE_ROOM)
+
+
+def _choose(lowered: Lowered, width: int, dtype: torch.dtype, masked: bool) -> Tile:
+    """The tile for a width of heads, as measured on an H200. Limits on registers let programs share a processor."""
     if dtype == torch.float32:
+        return Tile(32, 32, 8, 2)
+    if _room(lowered.sink.device) < (ROOM if width <= 128 else WIDE_ROOM):
         return Tile(64, 32, 4, 2)
-    plain = lowered.tokens is None and not lowered.windows
     if width <= 64:
-        return Tile(64, 64, 4, 3)
+        simple = lowered.tokens is None and not lowered.windows and not masked
+        return Tile(64, 64, 4, 3, 96 if simple else None)
     if width <= 128:
-        # 128 registers let two programs share a processor
-        return Tile(128, 64, 8, 2, 128 if plain else None)
+        return Tile(128, 64, 8, 3) if lowered.windows or masked else Tile(128, 64, 8, 2, 128)
     return Tile(64, 64, 8, 2)
 
 
@@ -227,6 +239,7 @@ def strides(t: Tensor | None, axes: int) -> list[int]:
     return [s if n > 1 else 0 for s, n in zip(t.stride()[:axes], t.shape[:axes], strict=True)]
 
 
+# fmt: off
 @triton.jit
 def _tile(t, base, b, h, start, stride, limit, width, ROWS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
     """Keys or values [ROWS, WIDTH] from a slot on, zero behind the last."""
@@ -241,7 +254,7 @@ def _tile(t, base, b, h, start, stride, limit, width, ROWS: tl.constexpr, WIDTH:
 
 @triton.jit
 def _update(
-    q, keys, values, m, l, acc, scale, seen, extra, MASKED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr
+    q, keys, values, m, l, acc, scale, seen, extra, MASKED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """One step of the online softmax, in powers of two: m is the maximum of scores * scale, l the sum of weights."""
     s = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
@@ -268,16 +281,7 @@ def _update(
 
 @triton.jit
 def _visible(
-    p,
-    j,
-    k_pos,
-    sink,
-    recent,
-    real,
-    until,
-    LISTED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWS: tl.constexpr,
+    p, j, k_pos, sink, recent, real, until, LISTED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
     """Which slots j the rows (p and real are columns) see in their window or, LISTED, in a list and in no window."""
@@ -312,109 +316,18 @@ def _some(j, k_pos, until, low, high, sink, recent, WINDOW: tl.constexpr, CAUSAL
     return some
 
 
-@triton.jit(
-    do_not_specialize=[
-        "sqb",
-        "sqh",
-        "skb",
-        "skh",
-        "svb",
-        "svh",
-        "sbb",
-        "sbh",
-        "spb",
-        "skpb",
-        "skph",
-        "sib",
-        "sih",
-        "siq",
-        "stb",
-        "sth",
-        "stq",
-        "scb",
-        "H",
-        "share",
-        "list_share",
-        "bias_share",
-        "N",
-        "M",
-        "offset",
-        "lines",
-        "block_q",
-        "block_k",
-        "T",
-    ]
-)
+@triton.jit(do_not_specialize=[
+    "sqb", "sqh", "skb", "skh", "svb", "svh", "sbb", "sbh", "spb", "skpb", "skph", "sib", "sih", "siq", "stb", "sth",
+    "stq", "scb", "H", "share", "list_share", "bias_share", "N", "M", "offset", "lines", "block_q", "block_k", "T",
+])
 def _forward(
-    q,
-    k,
-    v,
-    o,
-    lse,
-    k_ptr,
-    v_ptr,
-    bias,
-    q_pos,
-    k_pos,
-    index,
-    count,
-    sinks,
-    recents,
-    tokens,
-    sqb,
-    sqh,
-    sqn,
-    skb,
-    skh,
-    skn,
-    svb,
-    svh,
-    svn,
-    sbb,
-    sbh,
-    spb,
-    skpb,
-    skph,
-    sib,
-    sih,
-    siq,
-    stb,
-    sth,
-    stq,
-    scb,
-    scale,
-    H,
-    share,
-    list_share,
-    bias_share,
-    N,
-    M,
-    offset,
-    lines,
-    block_q,
-    block_k,
-    T,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    HD: tl.constexpr,
-    HDV: tl.constexpr,
-    R: tl.constexpr,
-    P: tl.constexpr,
-    BN: tl.constexpr,
-    TILES: tl.constexpr,
-    SUBS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    BIAS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    TMA: tl.constexpr,
-    STORE: tl.constexpr,
-    LSE: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, o, lse, k_ptr, v_ptr, bias, q_pos, k_pos, index, count, sinks, recents, tokens,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, spb, skpb, skph, sib, sih, siq, stb, sth, stq, scb,
+    scale, H, share, list_share, bias_share, N, M, offset, lines, block_q, block_k, T,
+    D: tl.constexpr, DV: tl.constexpr, HD: tl.constexpr, HDV: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+    BN: tl.constexpr, TILES: tl.constexpr, SUBS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWS: tl.constexpr,
+    BLOCKS: tl.constexpr, TOKENS: tl.constexpr, POSITIONS: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr,
+    TMA: tl.constexpr, STORE: tl.constexpr, LSE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):
     BM: tl.constexpr = P * R
     pid = tl.program_id(0)

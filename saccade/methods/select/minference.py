@@ -71,7 +71,7 @@ class MInference(Selector):
             )
         if call.shape.N == 1:
             return Full()
-        column, offset = column_and_offset_mass(q, k, call, self.last)
+        column, offset = column_and_offset_mass(q.detach(), k.detach(), call, self.last)
         column[..., :SINK] = float("inf")
         offset[..., :NEAR] = float("inf")
         kept, offsets = largest(column, max(self.columns, SINK)), largest(offset, max(self.diagonals, NEAR))
