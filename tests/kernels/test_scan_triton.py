@@ -54,7 +54,7 @@ def near(got, want, digits=2e-6):
     assert error <= digits * size, f"{error:.2e} of {size:.2e}"
 
 
-@pytest.mark.parametrize("N", [1, 17, 48])
+@pytest.mark.parametrize("N", [17, 48])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.enable_grad()
 def test_equals_the_reference(kind, N, pieces, monkeypatch):
@@ -128,7 +128,7 @@ def test_strong_decay_neither_overflows_nor_leaks(kind, pieces):
         assert (a.grad - b.grad).abs().max() <= 1e-4 * max(b.grad.abs().max(), 1.0 if name == "decay" else 0.0)
 
 
-@pytest.mark.parametrize("cut", [1, 16, 29])
+@pytest.mark.parametrize("cut", [1, 29])
 @pytest.mark.parametrize("kind", ["head", "token", "channel"])
 def test_a_sequence_may_be_cut_anywhere(kind, cut, pieces):
     q, k, v, decay, state = inputs(40, kind, H=1)
@@ -143,7 +143,7 @@ def test_a_sequence_may_be_cut_anywhere(kind, cut, pieces):
     near(end, last.double())
 
 
-@pytest.mark.parametrize("N", [1, 3, 8])
+@pytest.mark.parametrize("N", [1, 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_few_tokens_run_through_the_recurrence(kind, N, monkeypatch):
     monkeypatch.setattr(triton_chunks, "outputs", None)
