@@ -210,21 +210,33 @@ class Blocks(Pattern):
         return block + call.offset, (call.shape.N - block).clamp(max=self.block_q)
 
     def to_block_mask(self, call: Call) -> Any:
-        """The same pattern as a FlexAttention BlockMask (block_q and block_k must divide the lengths)."""
+        """The same pattern as a FlexAttention BlockMask (block_q and block_k must divide the lengths).
+
+        Blocks that every row sees whole go on the list for which FlexAttention asks no mask function.
+        """
         from torch.nn.attention.flex_attention import BlockMask
 
         B, H, _, N, M = call.shape
         index = per_head(self.index, call).expand(B, H, -1, -1).int()
-        count = (index >= 0).sum(-1).int()
-        full = torch.zeros((B, H, index.shape[2], -(-M // self.block_k)), dtype=torch.int32, device=index.device)
-        full[..., : index.shape[3]] = index.clamp_min(0)[..., : full.shape[3]]
         offset, causal = call.offset, call.causal
+        first = self._rows(call)[0][:, None]
+        whole = (index >= 0) & ((index + 1) * self.block_k <= (first + 1 if causal else M))
+        width = -(-M // self.block_k)
+
+        def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+            line = torch.where(chosen, index, width).sort(-1).values
+            line = torch.nn.functional.pad(line, (0, max(0, width - line.shape[3])), value=width)[..., :width]
+            return chosen.sum(-1).int(), torch.where(line == width, 0, line).int()
 
         def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return j <= i + offset if causal else j >= 0
 
         return BlockMask.from_kv_blocks(
-            count, full, BLOCK_SIZE=(self.block_q, self.block_k), mask_mod=visible, seq_lengths=(N, M)
+            *listed((index >= 0) & ~whole),
+            *listed(whole),
+            BLOCK_SIZE=(self.block_q, self.block_k),
+            mask_mod=visible,
+            seq_lengths=(N, M),
         )
 
     @classmethod

@@ -245,6 +245,12 @@ def _check_assign(assign: Assign, at: int, model: ModelShape, taken: set[int]) -
     built = assign.build(length=4096)
     if assign.phase not in built.phases:
         raise PlanError(f"{where}: with these arguments it works in {', '.join(built.phases)}, not in {assign.phase}")
+    made = getattr(built, "weights_for", None)
+    if made is not None and (made.layers, made.heads) != (model.layers, model.heads):
+        raise PlanError(
+            f"{where}: its weights are for {made.layers} layers of {made.heads} query heads, the plan's model has "
+            f"{model.layers} of {model.heads}; give weights that were trained for this model"
+        )
 
 
 def _assign(entry: Any, where: str) -> Assign:

@@ -28,6 +28,9 @@ METHODS: dict[str, str] = {
     "quest": "saccade.methods.decode.quest:Quest",
     "recycled": "saccade.methods.decode.recycled:Recycled",
     "actqkv": "saccade.methods.decode.actqkv:ActQKV",
+    "retrieval": "saccade.methods.decode.retrieval:RetrievalAttention",
+    "fetch": "saccade.methods.decode.fetch:FetchBlocks",
+    "offload": "saccade.methods.policy.offload:Offload",
     "duo": "saccade.methods.policy.duo:DuoAttention",
     "h2o": "saccade.methods.policy.h2o:H2O",
     "snapkv": "saccade.methods.policy.snapkv:SnapKV",
@@ -35,6 +38,7 @@ METHODS: dict[str, str] = {
     "moa": "saccade.methods.policy.moa:MoA",
     "routing": "saccade.methods.sparse.routing:RoutingAttention",
     "hard": "saccade.methods.sparse.hard:HardAttention",
+    "seer": "saccade.methods.sparse.seer:Seer",
     "lightning": "saccade.methods.linear.lightning:LightningAttention",
 }
 

@@ -178,6 +178,17 @@ def test_block_mask_and_back(seed, block_q, block_k, causal):
     assert torch.equal(back.mask(call), pattern.mask(call))
 
 
+def test_only_blocks_at_an_edge_ask_the_mask_function():
+    q = torch.zeros(1, 1, 64, 8)
+    call = Call.of(q, q)
+    index = torch.tensor([[0, -1, -1], [0, 1, -1], [1, -1, 2], [3, 0, 2]]).view(1, 1, 4, 3).int()
+    mask = Blocks(index, 16, 16).to_block_mask(call)
+    assert mask.kv_num_blocks.flatten().tolist() == [1, 1, 1, 1]
+    assert mask.kv_indices[0, 0, :, 0].tolist() == [0, 1, 2, 3]
+    assert mask.full_kv_num_blocks.flatten().tolist() == [0, 1, 1, 2]
+    assert mask.full_kv_indices[0, 0, 3, :2].tolist() == [0, 2]
+
+
 def test_block_mask_agrees_with_flex_attention():
     from torch.nn.attention.flex_attention import create_block_mask
 
