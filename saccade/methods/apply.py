@@ -156,9 +156,7 @@ def apply(
     return torch.cat([o for _, o in answers], 1).index_select(1, order)
 
 
-def overheard(
-    q: Tensor, k: Tensor, call: Call, methods: Sequence[tuple[tuple[int, ...] | None, Attention]]
-) -> None:
+def overheard(q: Tensor, k: Tensor, call: Call, methods: Sequence[tuple[tuple[int, ...] | None, Attention]]) -> None:
     """Tell the methods that are to decode what a prompt asked: see `Attention.prompt`."""
     H, share = call.shape.H, call.shape.H // call.shape.G
     for heads, method in methods:

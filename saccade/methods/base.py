@@ -38,6 +38,14 @@ class Output(NamedTuple):
     loss: Tensor | None = None
 
 
+class Weights(NamedTuple):
+    """The model that trained weights are for: its layers, query heads, and the width of a head."""
+
+    layers: int
+    heads: int
+    width: int
+
+
 class Method:
     """What every method says of itself; the contract and `saccade list` read it.
 
@@ -53,6 +61,7 @@ class Method:
         whole_store: needs every token of every layer in the store (no eviction beside it).
         reads_far: reads what a policy has moved out of the store, too (see `CachePolicy.away`).
         trained: needs trained weights.
+        weights_for: the model that an instance's trained weights are for; None = any.
         paper: short reference.
     """
 
@@ -66,6 +75,7 @@ class Method:
     whole_store: ClassVar[bool] = False
     reads_far: ClassVar[bool] = False
     trained: ClassVar[bool] = False
+    weights_for: Weights | None = None
     paper: ClassVar[str] = ""
 
 
@@ -115,10 +125,7 @@ class Scorer(Selector):
 
     def __post_init__(self) -> None:
         check_budget(type(self).__name__, self.budget)
-        for name in ("block_q", "block_k"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{type(self).__name__}: {name} must be an int >= 1, got {value!r}")
+        check_ints(self, block_q=1, block_k=1)
 
     def score(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         """[B, H, ceil(N/block_q), ceil(M/block_k)]; +inf forces a block in, -inf keeps it out."""
@@ -212,6 +219,14 @@ def check_budget(name: str, budget: int | float) -> None:
         raise InputError(f"{name}: a budget in tokens must be >= 1, got {budget}")
     if isinstance(budget, float) and not 0.0 < budget <= 1.0:
         raise InputError(f"{name}: a budget as a share must be in (0, 1], got {budget}; tokens are an int")
+
+
+def check_ints(method: Any, **least: int) -> None:
+    """Hyperparameters, by name, that are integers no smaller than given: `check_ints(self, sink=0, recent=1)`."""
+    for name, low in least.items():
+        value = getattr(method, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise InputError(f"{type(method).__name__}: {name} must be an int >= {low}, got {value!r}")
 
 
 def budget_tokens(budget: int | float, length: int) -> int:

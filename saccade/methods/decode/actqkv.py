@@ -15,7 +15,7 @@ from saccade.kernels.scores import pool, products
 from saccade.kernels.summaries import summaries
 from saccade.kernels.topk import top_blocks
 from saccade.methods.apply import phase_of
-from saccade.methods.base import Selector
+from saccade.methods.base import Selector, check_ints
 
 FLAT = 1e-10  # the least variance of a feature: below it a window's queries count as equal
 
@@ -82,10 +82,7 @@ class ActQKV(Selector):
     together: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("budget", 1), ("window", 1), ("block_k", 1), ("sink", 0), ("near", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"ActQKV: {name} must be an int >= {least}, got {value!r}")
+        check_ints(self, budget=1, window=1, block_k=1, sink=0, near=0)
         if not 0.0 < self.average <= 1.0 or not self.temperature > 0.0 or not 0.0 <= self.adapt <= 1.0:
             raise InputError(
                 "ActQKV: average must be in (0, 1], temperature > 0 and adapt in [0, 1], got "

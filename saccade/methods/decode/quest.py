@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from saccade.core.call import Call
-from saccade.core.errors import InputError, UnsupportedError
+from saccade.core.errors import UnsupportedError
 from saccade.core.pattern import Full, Pattern
 from saccade.kernels.scores import pool_bounds, products
 from saccade.kernels.summaries import summaries
 from saccade.kernels.topk import top_blocks
-from saccade.methods.base import Selector, budget_tokens, check_budget
+from saccade.methods.base import Selector, budget_tokens, check_budget, check_ints
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,7 @@ class Quest(Selector):
 
     def __post_init__(self) -> None:
         check_budget("Quest", self.budget)
-        for name, least in (("block_k", 1), ("first", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"Quest: {name} must be an int >= {least}, got {value!r}")
+        check_ints(self, block_k=1, first=0)
         object.__setattr__(self, "grouped", self.together)
         object.__setattr__(self, "separate", not self.together)
 

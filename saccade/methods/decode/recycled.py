@@ -11,7 +11,7 @@ from torch import Tensor
 from saccade.core.call import Call
 from saccade.core.errors import InputError, UnsupportedError
 from saccade.core.pattern import Blocks, Full, Pattern, Tokens, Union
-from saccade.methods.base import Selector, budget_tokens, check_budget
+from saccade.methods.base import Selector, budget_tokens, check_budget, check_ints
 
 WHOLE = 1024  # slots in a block of the list by which a row reads everything beside rows that do not
 
@@ -72,10 +72,7 @@ class Recycled(Selector):
         check_budget("Recycled", self.budget)
         if isinstance(self.budget, int) and self.budget < 2:
             raise InputError(f"Recycled: a budget in tokens must be >= 2 (one for the query itself), got {self.budget}")
-        for name in ("stride", "kernel"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"Recycled: {name} must be an int >= 1, got {value!r}")
+        check_ints(self, stride=1, kernel=1)
         if self.kernel % 2 == 0:
             raise InputError(f"Recycled: kernel must be odd, so that no slot is shifted, got {self.kernel}")
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)) or self.threshold < -1:

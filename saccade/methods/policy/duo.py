@@ -10,9 +10,8 @@ from torch import Tensor
 
 from saccade.cache.store import DRAFT
 from saccade.core.call import Call
-from saccade.core.errors import InputError
 from saccade.core.pattern import Pattern, Window
-from saccade.methods.base import CachePolicy
+from saccade.methods.base import CachePolicy, check_ints
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,7 @@ class DuoAttention(CachePolicy):
     paper: ClassVar[str] = "DuoAttention, ICLR 2025, arXiv 2410.10819"
 
     def __post_init__(self) -> None:
-        for name, least in (("sink", 0), ("recent", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"DuoAttention: {name} must be an int >= {least}, got {value!r}")
+        check_ints(self, sink=0, recent=1)
 
     def pattern(self, call: Call) -> Pattern:
         return Window(self.sink, self.recent)

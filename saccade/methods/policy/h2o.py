@@ -10,9 +10,8 @@ from torch import Tensor
 
 from saccade.cache.store import DRAFT
 from saccade.core.call import Call
-from saccade.core.errors import InputError
 from saccade.kernels.mass import key_mass
-from saccade.methods.base import CachePolicy
+from saccade.methods.base import CachePolicy, check_ints
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,7 @@ class H2O(CachePolicy):
     recent: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("heavy", "recent"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"H2O: {name} must be an int >= 1, got {value!r}")
+        check_ints(self, heavy=1, recent=1)
 
     def keep(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | None:
         M, newest = call.shape.M, self.recent + DRAFT

@@ -12,7 +12,7 @@ from saccade.cache.store import DRAFT
 from saccade.core.call import Call
 from saccade.core.errors import InputError
 from saccade.core.pattern import Pattern, Window
-from saccade.methods.base import CachePolicy
+from saccade.methods.base import CachePolicy, check_ints
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,7 @@ class MoA(CachePolicy):
     block: int = 64
 
     def __post_init__(self) -> None:
-        for name, low in (("span", 1), ("sink", 0), ("least", 1), ("block", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise InputError(f"MoA: {name} must be an int >= {low}, got {value!r}")
+        check_ints(self, span=1, sink=0, least=1, block=1)
         if self.sink >= self.size:
             raise InputError(f"MoA: sink={self.sink} leaves nothing of the span of {self.size} to the newest tokens")
 

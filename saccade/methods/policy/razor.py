@@ -10,8 +10,7 @@ from torch import Tensor
 
 from saccade.cache.store import DRAFT, Fold
 from saccade.core.call import Call
-from saccade.core.errors import InputError
-from saccade.methods.base import CachePolicy
+from saccade.methods.base import CachePolicy, check_ints
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,7 @@ class RazorAttention(CachePolicy):
     compensate: bool = True
 
     def __post_init__(self) -> None:
-        for name, low in (("sink", 0), ("least", 1), ("ratio", 1), ("slack", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise InputError(f"RazorAttention: {name} must be an int >= {low}, got {value!r}")
+        check_ints(self, sink=0, least=1, ratio=1, slack=0)
 
     def keep(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | None:
         M, newest = call.shape.M, self._buffer(_seen(call))

@@ -13,7 +13,7 @@ from saccade.cache.store import DRAFT
 from saccade.core.call import Call
 from saccade.core.errors import InputError
 from saccade.kernels.mass import key_mass
-from saccade.methods.base import CachePolicy
+from saccade.methods.base import CachePolicy, check_ints
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,7 @@ class SnapKV(CachePolicy):
     slack: int = 64
 
     def __post_init__(self) -> None:
-        for name, least in (("capacity", 1), ("window", 1), ("kernel", 1), ("slack", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"SnapKV: {name} must be an int >= {least}, got {value!r}")
+        check_ints(self, capacity=1, window=1, kernel=1, slack=0)
         if self.kernel % 2 == 0:
             raise InputError(f"SnapKV: kernel must be odd, so that pooling shifts nothing, got {self.kernel}")
         if self.capacity <= self.window + DRAFT:

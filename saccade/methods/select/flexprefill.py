@@ -15,7 +15,7 @@ from saccade.kernels.cover import cover
 from saccade.kernels.scores import pool, pooled_scores
 from saccade.kernels.select.vertical_slash import column_and_offset_mass
 from saccade.kernels.topk import top_blocks
-from saccade.methods.base import Selector
+from saccade.methods.base import Selector, check_ints
 from saccade.methods.select.xattention import always_read
 
 
@@ -63,10 +63,7 @@ class FlexPrefill(Selector):
     most: float = 0.25
 
     def __post_init__(self) -> None:
-        for name in ("least", "block"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"FlexPrefill: {name} must be an int >= 1, got {value!r}")
+        check_ints(self, least=1, block=1)
         for name, span in (("gamma", "(0, 1]"), ("most", "(0, 1]"), ("tau", "[0, 1]")):
             value = getattr(self, name)
             fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value <= 1.0

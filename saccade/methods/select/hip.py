@@ -12,7 +12,7 @@ from torch import Tensor
 from saccade.core.call import Call
 from saccade.core.errors import InputError, UnsupportedError
 from saccade.core.pattern import Blocks, Full, Pattern, Union, Window
-from saccade.methods.base import Selector, budget_tokens, check_budget
+from saccade.methods.base import Selector, budget_tokens, check_budget, check_ints
 
 TILE = 1 << 24  # gathered numbers held at a time
 
@@ -70,11 +70,7 @@ class HiP(Selector):
 
     def __post_init__(self) -> None:
         check_budget("HiP", self.budget)
-        least = {"sink": 0, "window": 1, "block_q": 1, "block_k": 1, "stride": 1, "refresh": 1, "first": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise InputError(f"HiP: {name} must be an int >= {low}, got {value!r}")
+        check_ints(self, sink=0, window=1, block_q=1, block_k=1, stride=1, refresh=1, first=0)
         if isinstance(self.budget, int) and self.budget < self.sink + self.window + self.refresh + self.block_k:
             raise InputError(
                 f"HiP: a budget of {self.budget} leaves no block of {self.block_k} to search for beside sink="

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from saccade.core.call import Call
-from saccade.core.errors import InputError, UnsupportedError
+from saccade.core.errors import UnsupportedError
 from saccade.core.pattern import Full, Pattern, Tokens, Union
 from saccade.kernels.select.vertical_slash import column_and_offset_mass, diagonal_blocks
 from saccade.kernels.topk import largest
-from saccade.methods.base import Selector
+from saccade.methods.base import Selector, check_ints
 
 SINK, NEAR = 30, 100  # columns and offsets that are always read
 
@@ -59,10 +59,7 @@ class MInference(Selector):
     block: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("columns", "diagonals", "last", "block"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"MInference: {name} must be an int >= 1, got {value!r}")
+        check_ints(self, columns=1, diagonals=1, last=1, block=1)
 
     def select(self, q: Tensor, k: Tensor, call: Call) -> Pattern:
         if not (call.contiguous and call.causal):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from saccade.core.call import Call
-from saccade.core.errors import InputError, UnsupportedError
+from saccade.core.errors import UnsupportedError
 from saccade.core.pattern import Blocks, Pattern
-from saccade.methods.base import Selector
+from saccade.methods.base import Selector, check_ints
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,7 @@ class S2Attention(Selector):
     share: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("block", "local", "stride", "step", "share"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"S2Attention: {name} must be an int >= 1, got {value!r}")
+        check_ints(self, block=1, local=1, stride=1, step=1, share=1)
 
     def select(self, q: Tensor, k: Tensor, call: Call) -> Pattern:
         if not (call.contiguous and call.causal):

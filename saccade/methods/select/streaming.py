@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from saccade.core.call import Call
-from saccade.core.errors import InputError
 from saccade.core.pattern import Pattern, Window
-from saccade.methods.base import Selector
+from saccade.methods.base import Selector, check_ints
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,7 @@ class Streaming(Selector):
     recent: int = 3968
 
     def __post_init__(self) -> None:
-        for name, least in (("sink", 0), ("recent", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"Streaming: {name} must be an int >= {least}, got {value!r}")
+        check_ints(self, sink=0, recent=1)
 
     def select(self, q: Tensor, k: Tensor, call: Call) -> Pattern:
         return Window(self.sink, self.recent)

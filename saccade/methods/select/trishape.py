@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from saccade.core.call import Call
-from saccade.core.errors import InputError, UnsupportedError
+from saccade.core.errors import UnsupportedError
 from saccade.core.pattern import Blocks, Full, Pattern, Union, Window
-from saccade.methods.base import Selector
+from saccade.methods.base import Selector, check_ints
 
 BLOCK = 64
 
@@ -51,10 +51,7 @@ class TriShape(Selector):
     last: int = 100
 
     def __post_init__(self) -> None:
-        for name, least in (("sink", 0), ("recent", 1), ("last", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"TriShape: {name} must be an int >= {least}, got {value!r}")
+        check_ints(self, sink=0, recent=1, last=1)
 
     def select(self, q: Tensor, k: Tensor, call: Call) -> Pattern:
         if not call.contiguous:

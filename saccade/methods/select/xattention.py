@@ -14,7 +14,7 @@ from saccade.core.errors import InputError, UnsupportedError
 from saccade.core.pattern import Pattern
 from saccade.kernels.cover import cover
 from saccade.kernels.topk import top_blocks
-from saccade.methods.base import Selector
+from saccade.methods.base import Selector, check_ints
 
 TILE = 1 << 27  # most scores in a tile of the estimate
 PIECES = 16  # tiles at least: each looks as far ahead as its last row
@@ -61,10 +61,7 @@ class XAttention(Selector):
     most: float = 0.25
 
     def __post_init__(self) -> None:
-        for name in ("stride", "block"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"XAttention: {name} must be an int >= 1, got {value!r}")
+        check_ints(self, stride=1, block=1)
         if self.block % self.stride:
             raise InputError(f"XAttention: block must be a multiple of stride, got {self.block} and {self.stride}")
         for name in ("threshold", "most"):
