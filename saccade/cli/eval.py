@@ -21,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", default="", metavar="A,B", help="names from `saccade list`, A+B for both at once")
     parser.add_argument("--plans", default="", metavar="FILE,...", help="plan files")
     parser.add_argument("--controls", action="store_true", help="add dense, streaming, random and oracle")
-    parser.add_argument("--tasks", default="needle", metavar="A,B", help="needle, kv (needle)")
+    parser.add_argument("--tasks", default="needle", metavar="A,B", help="names of tasks (needle)")
     parser.add_argument("--lengths", type=numbers, default=[4096], metavar="N,M", help="tokens (4096)")
     parser.add_argument("--samples", type=positive, default=10, help="per cell (10)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (0)")
@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> Result:
             progress.clear()
     failed = [row for row in rows if row.get("error")]
     lines = [text_table(rows)]
+    lines += dict.fromkeys(f"{row['task']}: scores are {row['unit']}" for row in rows if row.get("unit"))
     lines += [f"failed: {r['method']} on {r['task']} at {r['length']}: {r['error']}" for r in failed]
     lines.append(f"The rows: {(Path(args.out) / 'rows.jsonl').resolve()}")
     return Result({"rows": rows}, "\n".join(lines))

@@ -84,19 +84,19 @@ def answer(
     step = torch.tensor([list(ids)], device=device)
     said: list[int] = []
     count, text, ended = 0, "", False
-    first = started = _now(device)
+    first = started = now(device)
     while count < max_new_tokens and not (ended and count >= least):
         logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         step = logits[:, -1:].argmax(-1)
         token, count = int(step), count + 1
         if count == 1:
-            first = _now(device)
+            first = now(device)
         ended = ended or token in end
         if not ended:
             said.append(token)
             text = loaded.tokenizer.decode(said)
             ended = bool(stop) and stop in text
-    last = _now(device)
+    last = now(device)
     return Answer(
         text=(text.split(stop, 1)[0] if stop else text).strip(),
         tokens=count,
@@ -116,7 +116,8 @@ def _ends(model: Any) -> set[int]:
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

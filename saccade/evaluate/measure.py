@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from saccade.core.errors import InputError
 from saccade.core.plan import Plan
-from saccade.evaluate.generate import Answer, answer, serving
+from saccade.evaluate.generate import Answer, answer, held, now, serving
 from saccade.evaluate.model import Loaded
 from saccade.evaluate.presets import phases
 from saccade.evaluate.trace import Trace
 
+if TYPE_CHECKING:
+    from saccade.evaluate.tasks.base import Outcome, Reading, Sample
+
 WARM = 256  # tokens of the run that is not timed
+ROWS = 1024  # tokens whose logits are turned to float32 at once
 
 
 def answers(
@@ -43,6 +52,58 @@ def answers(
             if done is not None:
                 done(len(found))
     return found
+
+
+def outcomes(loaded: Loaded, plan: Plan | None, task: Reading, samples: Sequence[Sample]) -> list[Outcome]:
+    """Let a task read its samples by itself, each in new caches."""
+    with serving(loaded, plan) as cache:
+        answer(loaded, samples[0].ids[:WARM], cache(WARM), max_new_tokens=2)
+        return [task.run(loaded, cache, sample) for sample in samples]
+
+
+@torch.inference_mode()
+def losses(loaded: Loaded, ids: Sequence[int], cache: Any, *, scored: int, steps: int = 0) -> tuple[Tensor, Answer]:
+    """The loss of each of the last tokens of a text, and what reading it took.
+
+    All but the end is read in one pass; the last `steps` losses come from feeding token by token, after that pass, so
+    that methods for decoding and cache policies show their price too.
+
+    Args:
+        loaded: the model.
+        ids: the text; its last token is only predicted.
+        cache: a new cache.
+        scored: tokens whose loss is wanted; their logits are held at once.
+        steps: of them, those that are read one by one.
+
+    Shapes:
+        -> nats float32 [scored], on the CPU
+
+    Raises:
+        InputError: a text too short for so many.
+    """
+    first = len(ids) - 1 - steps
+    if not 0 <= steps <= scored or first < 1 or scored > len(ids) - 1:
+        raise InputError(f"losses: {scored} scored tokens, {steps} one by one, do not fit in {len(ids)} tokens")
+    device = loaded.device
+    text = torch.tensor([list(ids)], device=device)
+    found = []
+    started = now(device)
+    kept = scored - steps
+    logits = loaded.model(text[:, :first], past_key_values=cache, use_cache=True, logits_to_keep=max(kept, 1)).logits
+    if kept:
+        targets = text[0, first + 1 - kept : first + 1]
+        found += [_nats(*part) for part in zip(logits[0].split(ROWS), targets.split(ROWS), strict=True)]
+    read = now(device)
+    for at in range(first, len(ids) - 1):
+        logits = loaded.model(text[:, at : at + 1], past_key_values=cache, use_cache=True).logits
+        found.append(_nats(logits[0, -1:], text[0, at + 1 : at + 2]))
+    ended = now(device)
+    took = Answer("", steps, read - started, (ended - read) / steps if steps else None, held(cache))
+    return torch.cat(found), took
+
+
+def _nats(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="none").cpu()
 
 
 def times(found: Sequence[Answer]) -> dict[str, Any]:

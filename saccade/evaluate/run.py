@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,15 +15,20 @@ from typing import Any
 
 from saccade.core.errors import FileError, InputError
 from saccade.core.plan import Plan
-from saccade.evaluate.measure import answers, looked, times
+from saccade.evaluate import headmap
+from saccade.evaluate.files import write_whole
+from saccade.evaluate.measure import answers, looked, outcomes, times
 from saccade.evaluate.metrics import mean_score
 from saccade.evaluate.model import Loaded
 from saccade.evaluate.presets import resolve
+from saccade.evaluate.samples import Cell, lines_of
+from saccade.evaluate.samples import append as append_lines
 from saccade.evaluate.tasks import TASKS, load_task
 from saccade.evaluate.trace import trace
 
 FIELDS = ("method", "task", "length", "n", "score", "low", "high", "density", "mass", "ttft_s", "tpot_s", "kv_bytes")
 KEY = FIELDS[:3]
+WATCHED = 8  # tokens generated to measure density and mass
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,10 @@ def run(
             if (task, length) not in samples:
                 # one set of samples at a time: all methods of a task and length follow each other
                 samples = {(task, length): _samples(loaded, tasks[task], length, ask)}
-            row |= _cell(loaded, plans[method, length], tasks[task], samples[task, length])
+            found, each, maps = _cell(cell, loaded, plans[method, length], tasks[task], samples[task, length])
+            append_lines(store.folder, each)
+            append_lines(store.folder, maps, headmap.FILE)
+            row |= found
         except Exception as error:  # a cell that fails must not take the others with it
             row["error"] = f"{type(error).__name__}: {error}"
         store.append(row)
@@ -198,28 +205,29 @@ def get_task(name: str) -> Any:
         raise InputError(f"{error}; tasks: {', '.join(TASKS)}") from None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is whole or not there."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8", prefix=".new-") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
 def _samples(loaded: Loaded, task: Any, length: int, ask: Ask) -> list[Any]:
     return [task.sample(loaded.tokenizer, length, index, ask.seed) for index in range(ask.samples)]
 
 
-def _cell(loaded: Loaded, plan: Plan | None, task: Any, samples: Sequence[Any]) -> dict[str, Any]:
-    most = max(sample.max_new_tokens for sample in samples)
-    said = answers(loaded, plan, [sample.ids for sample in samples], max_new_tokens=most)
-    score = mean_score([task.score(a.text, sample) for a, sample in zip(said, samples, strict=True)])
-    watched = None if plan is None else trace(loaded, plan, samples[0].ids)
+def _cell(
+    cell: Cell, loaded: Loaded, plan: Plan | None, task: Any, samples: Sequence[Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    if hasattr(task, "run"):
+        read = outcomes(loaded, plan, task, samples)
+        said, scores, found = [one.answer for one in read], [one.score for one in read], task.summary(read)
+    else:
+        most = max(sample.max_new_tokens for sample in samples)
+        said = answers(loaded, plan, [sample.ids for sample in samples], max_new_tokens=most)
+        scores = [task.score(a.text, sample) for a, sample in zip(said, samples, strict=True)]
+        score = mean_score(scores)
+        found = {"n": score.n, "score": score.score, "low": round(score.low, 4), "high": round(score.high, 4)}
+    # what is generated under watch stays within the length, too
+    ids = samples[0].ids[: cell[2] - WATCHED]
+    watched = None if plan is None else trace(loaded, plan, ids, max_new_tokens=WATCHED)
     seen = looked(watched, plan)
-    found = {"n": score.n, "score": score.score, "low": round(score.low, 4), "high": round(score.high, 4)}
-    return found | {key: seen[key] for key in ("density", "mass")} | times(said)
+    row = found | {key: seen[key] for key in ("density", "mass")} | times(said)
+    maps = [] if watched is None else headmap.lines_of(cell, watched.meter, loaded.shape.layers, loaded.shape.heads)
+    return row, lines_of(cell, samples, said, scores), maps
 
 
 def _same(stored: Any, wanted: dict[str, Any], config: Path) -> None:

@@ -1,10 +1,37 @@
-"""A tiny random model with the reader's tokenizer, loaded."""
+"""A tiny random model with the reader's tokenizer, loaded; two tokenizers that have little in common."""
+
+import json
 
 import pytest
 import torch
 
 from saccade.evaluate.model import Loaded
 from saccade.reader import path
+
+
+class Letters:
+    """A tokenizer with a token per byte and no special tokens."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": list(text.encode())}
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+@pytest.fixture(scope="session")
+def letters():
+    return Letters()
+
+
+@pytest.fixture(scope="session")
+def bpe():
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(str(path()), local_files_only=True)
+
+
+@pytest.fixture(params=["bpe", "letters"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +54,27 @@ def tiny():
         attn_implementation="sdpa",
     )
     return Loaded("tiny", LlamaForCausalLM(config).eval(), AutoTokenizer.from_pretrained(str(path())))
+
+
+@pytest.fixture
+def evaluation():
+    """evaluation(folder, rows, samples=[...], seed=1, ...) writes the folder of an evaluation; a row may be short."""
+
+    def write(folder, rows, samples=(), heads=(), **config):
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [{"method": "dense", "task": "needle", "length": 4096} | row for row in rows]
+        asked = {
+            "model": "reader",
+            **{f"{key}s": list(dict.fromkeys(row[key] for row in rows)) for key in ("method", "task", "length")},
+            "samples": 10,
+            "seed": 0,
+            "dtype": "float32",
+            "device": "cpu",
+        }
+        (folder / "config.json").write_text(json.dumps(asked | config))
+        for name, lines in (("rows", rows), ("samples", samples), ("heads", heads)):
+            if lines:
+                (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return folder
+
+    return write

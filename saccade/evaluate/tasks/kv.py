@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar
 
 from saccade.core.errors import InputError
-from saccade.evaluate.tasks.base import Sample, exact, fit, source
+from saccade.evaluate.tasks.base import Sample, Worded, exact, fit, say, source, texts
 from saccade.reader.words import KEYS, VALUES, words
 
 # lines before the first pair that is asked for: `fit` cuts into the first ones
 MARGIN = 8
 
 
-@cache
 def templates() -> dict[str, list[str]]:
     """The wording of pairs and questions, from `kv.json`."""
-    return json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+    return texts(__file__)
 
 
 @dataclass(frozen=True)
-class KeyValue:
+class KeyValue(Worded):
     """A list of `key: value` lines that fills the length, then one question. Score: exact match of the whole answer.
 
     Args:
@@ -37,6 +33,7 @@ class KeyValue:
     """
 
     name: ClassVar[str] = "kv"
+    file: ClassVar[str] = __file__
     key: str = "pair"
     value: str = "number"
     max_new_tokens: int = 24
@@ -53,9 +50,9 @@ class KeyValue:
         most = max(length // 6, 2 * MARGIN)
         keys = words("test").distinct(rng, self.key, most)
         values = [words("test").draw(rng, self.value) for _ in keys]
-        pair = rng.choice(templates()["pairs"])
-        wording = rng.choice(templates()["questions"])
-        lines = [pair.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
+        pair = rng.choice(self.said["pairs"])
+        wording = rng.choice(self.said["questions"])
+        lines = [say(pair, key=key, value=value) for key, value in zip(keys, values, strict=True)]
         depth = rng.random()
 
         def asked(size: int) -> int:
@@ -64,12 +61,12 @@ class KeyValue:
         def compose(size: int) -> str:
             size = max(size, MARGIN + 1)
             used.append(size)
-            return "\n".join(lines[:size]) + "\n\n" + wording.format(key=keys[asked(size)])
+            return "\n".join(lines[:size]) + "\n\n" + say(wording, key=keys[asked(size)])
 
         used: list[int] = []
         ids = fit(tokenizer, length - self.max_new_tokens, compose, size=max(length // 18, MARGIN + 1), slack=64)
         place = asked(used[-1])
-        return Sample(ids, values[place], self.max_new_tokens, depth, wording.format(key=keys[place]))
+        return Sample(ids, values[place], self.max_new_tokens, depth, say(wording, key=keys[place]))
 
     def score(self, prediction: str, sample: Sample) -> float:
         return exact(prediction, sample.answer)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
 
 from saccade.core.errors import InputError
-from saccade.evaluate.tasks.base import Sample, exact, fit, source
+from saccade.evaluate.tasks.base import Sample, Worded, check_depth, exact, fit, say, source, texts
 from saccade.reader.books import HELD_OUT, held_out
 from saccade.reader.words import VALUES, words
 
@@ -26,14 +23,13 @@ MARGIN = 200
 ROOM = 8
 
 
-@cache
 def templates() -> dict[str, list[str]]:
     """The wording of facts and questions, from `needle.json`."""
-    return json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+    return texts(__file__)
 
 
 @dataclass(frozen=True)
-class Needle:
+class Needle(Worded):
     """Facts planted in book text, one of them asked for at the end.
 
     Books and key words are none that the bundled reader was trained on. Score: exact match of the whole answer.
@@ -55,6 +51,7 @@ class Needle:
     """
 
     name: ClassVar[str] = "needle"
+    file: ClassVar[str] = __file__
     book: str | None = None
     distractors: int = 0
     depth: float | None = None
@@ -65,8 +62,7 @@ class Needle:
     def __post_init__(self):
         if self.book is not None and self.book not in HELD_OUT:
             raise InputError(f"Needle: unknown book {self.book!r}; known are {', '.join(HELD_OUT)}")
-        if self.depth is not None and not 0 <= self.depth <= 1:
-            raise InputError(f"Needle: depth={self.depth} is not within 0..1")
+        check_depth("Needle", self.depth)
         if self.value not in VALUES:
             raise InputError(f"Needle: unknown value {self.value!r}; known are {', '.join(VALUES)}")
 
@@ -74,8 +70,8 @@ class Needle:
         rng = source(self.name, length, index, seed)
         text = held_out(self.book or HELD_OUT[index % len(HELD_OUT)])
         depth = DEPTHS[index // len(HELD_OUT) % len(DEPTHS)] if self.depth is None else self.depth
-        keys, values, facts = draw_facts(rng, 1 + self.distractors, self.value)
-        question = rng.choice(templates()["questions"]).format(key=keys[0])
+        keys, values, facts = draw_facts(rng, 1 + self.distractors, self.value, self.said["facts"])
+        question = say(rng.choice(self.said["questions"]), key=keys[0])
         places = [depth] + [rng.random() for _ in facts[1:]]
         # grows towards the front, so that the end of the book text stays where it is
         room = min(ROOM * length, len(text))
@@ -93,14 +89,12 @@ class Needle:
         return exact(prediction, sample.answer)
 
 
-def draw_facts(rng: Random, count: int, value: str) -> tuple[list[str], list[str], list[str]]:
+def draw_facts(rng: Random, count: int, value: str, wordings: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Different keys, their values, and a sentence for each."""
     names = words("test")
     keys = names.distinct(rng, "pair", count)
     values = names.distinct(rng, value, count)
-    facts = [
-        rng.choice(templates()["facts"]).format(key=key, value=said) for key, said in zip(keys, values, strict=True)
-    ]
+    facts = [say(rng.choice(wordings), key=key, value=said) for key, said in zip(keys, values, strict=True)]
     return keys, values, facts
 
 
@@ -168,7 +162,7 @@ def compose(
     """
     rng = source("compose", length, facts, seed, book)
     text = held_out(book)
-    keys, answers, sentences = draw_facts(rng, facts, value)
+    keys, answers, sentences = draw_facts(rng, facts, value, templates()["facts"])
     questions = [rng.choice(templates()["questions"]).format(key=key) for key in keys]
     places = [(i + 0.2 + 0.6 * rng.random()) / facts for i in range(facts)]
     # the table of contents names chapters too: those have no text of their own
