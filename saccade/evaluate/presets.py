@@ -46,7 +46,9 @@ def preset(name: str, model: Any, length: int, *, bundled: bool = False) -> Plan
     for part in parts[1:]:
         plan = plan.also(part)
     for policy in policies:
-        plan = _beside(plan, policy)
+        # heads whose tokens are only elsewhere are still to be read by the other methods
+        if not all(find(a.method).lossless for row in policy.layers for a in row):
+            plan = _beside(plan, policy)
     return Plan(plan.model, plan.layers, note=name)
 
 
@@ -149,6 +151,10 @@ def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
         # a full step costs two: it is read, and scored once more; answers of more than three tokens lie beyond the
         # paper's maximum over 7 neighbours
         "recycled": {"budget": max(256, length // 16), "stride": 50, "kernel": 15},
+        # a graph scans about as many keys as it is to find, several times
+        "retrieval": {"budget": 64 + max(192, length // 32) + 100, "sink": 64, "near": max(192, length // 32)},
+        "fetch": {"blocks": max(4, length // 1024)},
+        "offload": {"sink": 64, "recent": max(192, length // 32), "block": 32},
         # in the prompt 17 blocks of 16 that are always read, and half of the others
         "actqkv": {
             "budget": 16 * (17 + 2 * max(16, length // 512)),
@@ -166,6 +172,11 @@ def _single(name: str, shape: ModelShape, length: int, bundled: bool) -> Plan:
         plan = Plan.load(shipped)
         plan.check_model(shape)
         return plan
+    if name == "seer":
+        raise PlanError(
+            "seer: its gate must be trained for each model: fit one with saccade.fit.seer, name its file as `weights` "
+            "in a plan, and give the plan's file"
+        )
     if name in ("duo", "razor"):
         raise PlanError(
             f"{name}: which heads it serves must be found for each model: make a plan with saccade.fit.{name} (or read "

@@ -22,7 +22,7 @@ from saccade.core.plan import Plan
 from saccade.hf.cache import SaccadeCache, StoreLayer
 from saccade.hf.rope import rope_of
 from saccade.hf.steps import Steps
-from saccade.methods.apply import Roles, Seen, apply, phase_of
+from saccade.methods.apply import Roles, Seen, apply, overheard, phase_of
 
 NAME = "saccade"
 _sessions: weakref.WeakKeyDictionary[torch.nn.Module, Session] = weakref.WeakKeyDictionary()
@@ -206,6 +206,8 @@ class Session:
                 q_part = mine if all_heads else mine[:, list(heads)]
                 call = call_for(q_part, view, store.seen[rows.start], heads, **fields)
                 o = apply(q_part, view.k, view.v, call, methods, view.policy, self.watch, view.bias)
+                if phase == "prefill":
+                    overheard(q_part, view.k, call, self._methods(layer, "decode", max(store.seen)))
                 if all_heads and whole and rows.stop - rows.start == len(out):
                     out = o
                 else:
@@ -248,11 +250,14 @@ class Session:
     ) -> Tensor:
         """Attention over a cache that is not ours: rows with padding go one by one, without it."""
         B, N, M = q.shape[0], q.shape[2], k.shape[2]
-        methods = self._methods(layer, phase_of(N, M - N), M)
+        phase = phase_of(N, M - N)
+        methods, later = self._methods(layer, phase, M), self._methods(layer, "decode", M)
         valid = None if valid is None or bool(valid[:, :M].all()) else valid[:, :M]
         if valid is None:
             fields = dict(self._fields(layer, scale), memory=memory, step=self._steps.setdefault(0, {}))
             call = Call.of(q, k, x=x, **fields)
+            if phase == "prefill":
+                overheard(q, k, call, later)
             return apply(q, k, v, call, methods, None, self.watch)
         outs = []
         for row in range(B):
@@ -264,6 +269,8 @@ class Session:
                 state = dict(memory=memory.setdefault(row, {}), step=self._steps.setdefault(row, {}))
                 here = None if x is None else x[row : row + 1][:, real]
                 call = Call.of(mine, part[0], x=here, **self._fields(layer, scale), **state)
+                if phase == "prefill":
+                    overheard(mine, part[0], call, later)
                 out[:, :, real] = apply(mine, *part, call, methods, None, self.watch)
             outs.append(out)
         return torch.cat(outs)

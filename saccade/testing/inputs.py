@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -14,7 +19,7 @@ from saccade.cache.store import Store, call_for
 from saccade.core.pattern import Pattern
 from saccade.core.rope import Rope
 from saccade.core.table import find
-from saccade.methods.apply import Seen, apply, phase_of
+from saccade.methods.apply import Seen, apply, overheard, phase_of
 from saccade.methods.base import Attention, CachePolicy, Layer, Method
 
 LAYERS = 4  # enough for a method that picks in two layers and reads in those after them
@@ -57,6 +62,11 @@ _INSTANCES: dict[str, tuple[str, dict[str, Any]]] = {
     "recycled-trigger": ("recycled", {"budget": 17, "stride": 2, "threshold": 0.9}),
     "actqkv": ("actqkv", {"budget": 84, "window": 16, "block_k": 8, "sink": 5, "near": 9, "together": False}),
     "actqkv-together": ("actqkv", {"budget": 84, "window": 16, "block_k": 8, "sink": 5, "near": 9, "adapt": 0.5}),
+    "retrieval": ("retrieval", {"budget": 45, "sink": 3, "near": 12, "queue": 200, "learn": 60, "wait": True}),
+    "retrieval-flat": ("retrieval", {"budget": 30, "sink": 0, "near": 9, "kind": "flat"}),
+    "fetch": ("fetch", {"blocks": 2}),
+    "offload": ("offload", {"sink": 3, "recent": 11, "block": 7, "cache": 40_000}),
+    "offload-no_sink": ("offload", {"sink": 0, "recent": 17, "block": 16, "cache": 1 << 20}),
     "duo": ("duo", {"sink": 4, "recent": 13}),
     "duo-no_sink": ("duo", {"sink": 0, "recent": 24}),
     "h2o": ("h2o", {"heavy": 9, "recent": 7}),
@@ -68,6 +78,8 @@ _INSTANCES: dict[str, tuple[str, dict[str, Any]]] = {
     "routing-only": ("routing", {"width": WIDTH, "heads": 2, "clusters": 3, "window": 40, "local_heads": 0}),
     "hard": ("hard", {"budget": 21}),
     "hard-signs": ("hard", {"budget": 9, "candidates": 40}),
+    "seer": ("seer", {"weights": lambda: _gate_file(), "budget": 60}),
+    "seer-no_tail": ("seer", {"weights": lambda: _gate_file(), "budget": 0.2, "tail": 0}),
     "lightning": ("lightning", {"width": WIDTH, "heads": 4, "layer": 1, "layers": 3}),
     "lightning-three": ("lightning", {"width": WIDTH, "heads": 3, "head_dim": 8}),
 }
@@ -85,12 +97,26 @@ def instances() -> dict[str, Method]:
 
 def _build(name: str, args: dict[str, Any]) -> Method:
     cls = find(name)
+    args = {key: value() if callable(value) else value for key, value in args.items()}
     if not issubclass(cls, Layer):
         return cls(**args)  # type: ignore[no-any-return]
     # a layer draws weights: always the same, and nobody else's draws are disturbed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return cls(**args).double().eval()
+
+
+@cache
+def _gate_file() -> str:
+    """A gate of random weights for a stack of LAYERS layers with up to 8 heads of width 16; blocks of 12."""
+    from saccade.methods.sparse.seer import save_gate
+
+    folder = tempfile.mkdtemp(prefix="saccade-gate-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    rng = torch.Generator().manual_seed(0)
+    path = os.path.join(folder, "gate.safetensors")
+    save_gate(path, [torch.randn((8, 48, 16), generator=rng) for _ in range(LAYERS)], block=12)
+    return path
 
 
 def rope_for(width: int) -> Rope:
@@ -240,6 +266,7 @@ class Feed:
         store, q, k, v = self.stores[at], piece.q[at], piece.k[at], piece.v[at]
         phase = phase_of(q.shape[2], store.total)
         methods = [(self.heads, self.method)] if isinstance(self.method, Attention) else []
+        later = methods if phase == "prefill" and "decode" in self.method.phases else []
         methods = methods if phase in self.method.phases else []
         store.append(k, v, valid)
         out, asked, share = q.new_zeros((*q.shape[:3], v.shape[3])), [], q.shape[1] // k.shape[1]
@@ -258,6 +285,7 @@ class Feed:
                 call = call_for(mine, view, store.seen[rows.start], tuple(heads), x=piece.x[rows][:, real], **fields)
                 found: list[Seen] = []
                 o = apply(mine, view.k, view.v, call, methods, view.policy, found.append, view.bias)
+                overheard(mine, view.k, call, later)
                 # the store writes over its keys and positions
                 k_pos = None if call.k_pos is None else call.k_pos.clone()
                 bias = None if view.bias is None else view.bias.clone()

@@ -52,7 +52,7 @@ def check_kind(kind: str) -> None:
         UnsupportedError: faiss is not installed.
     """
     if kind not in KINDS:
-        near = difflib.get_close_matches(str(kind), list(KINDS), n=1)
+        near = difflib.get_close_matches(str(kind), list(KINDS), n=1, cutoff=0.4)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise InputError(f"search: unknown kind of index {kind!r}{hint}; there are {', '.join(KINDS)}")
     if kind.startswith("faiss") and importlib.util.find_spec("faiss") is None:

@@ -9,6 +9,7 @@ from saccade.core.errors import InputError
 from saccade.kernels.search.api import Found, check_keys, check_search
 from saccade.kernels.search.flat import nearest
 
+SPREAD = 16  # keys of a list that take it for their own
 TILE = 1 << 22  # numbers in the largest scratch tensor
 NONE = float("-inf")
 
@@ -18,20 +19,22 @@ class Graph:
     Chen et al., VLDB 2024, arXiv 2408.08933, github.com/matchyc/RoarGraph).
 
     Queries of a head lie far from its keys, so neighbours among keys lead a query nowhere. Here edges are drawn by
-    queries of the prompt: each has a list of the keys nearest to it, and keys of one list become neighbours, those
-    first that no nearer neighbour already leads to. Then every key is joined to the keys nearest to itself, so that
-    all can be reached. The search starts at the keys that most queries look at.
+    queries of the prompt: each has a list of the keys nearest to it, and keys that stand in many lists together become
+    neighbours. A few edges join each key to keys that are near to itself, and more are added until all can be reached.
+    The search starts at the keys that most queries look at, and opens the best key not yet opened until none is left
+    in its queue.
 
     Args:
-        degree: edges that a key keeps from each of the two steps.
+        degree: edges that a key has by common lists.
+        near: edges that it has by nearness.
         lists: keys in the list of a training query.
         queue: keys that the search keeps in sight: more of them find more and scan more. At least the count asked for.
         entries: keys that a search starts from.
         width: keys that a search opens at a time: more are faster, and scan a little more.
 
-    Departs from the paper: a query lends its list to several keys of it, drawn evenly, not only to the nearest (in
-        attention many queries share that one); lists of a key are joined before pruning; the keys nearest to a key are
-        found exactly, not by a search; what still cannot be reached is joined to the nearest key that can.
+    Departs from the paper: neighbours by how many lists they share, not by nearness to the first key of a list, since
+        in attention many queries share that one; a list lends itself to 16 of its keys, evenly drawn. Pruning by
+        occlusion serves the edges by nearness only; those are found exactly, not by a search.
 
     Example:
         >>> keys, queries = torch.randn(300, 8), torch.randn(100, 8)
@@ -42,14 +45,17 @@ class Graph:
         True
     """
 
-    def __init__(self, degree: int = 24, lists: int = 64, queue: int = 128, entries: int = 16, width: int = 4) -> None:
-        for name, value in (
-            *(("degree", degree), ("lists", lists), ("queue", queue)),
-            *(("entries", entries), ("width", width)),
+    def __init__(
+        self, degree: int = 32, near: int = 8, lists: int = 100, queue: int = 128, entries: int = 16, width: int = 2
+    ) -> None:
+        for name, value, least in (
+            *(("degree", degree, 1), ("near", near, 0), ("lists", lists, 1), ("queue", queue, 1)),
+            *(("entries", entries, 1), ("width", width, 1)),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"graph: {name} must be an int >= 1, got {value!r}")
-        self.degree, self.lists, self.queue, self.entries, self.width = degree, lists, queue, entries, width
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"graph: {name} must be an int >= {least}, got {value!r}")
+        self.degree, self.near, self.lists, self.queue = degree, near, lists, queue
+        self.entries, self.width = entries, width
         self.keys = torch.zeros(0, 0)
         self.edges = torch.zeros(0, 0, dtype=torch.int32)
         self.starts = torch.zeros(0, dtype=torch.long)
@@ -63,12 +69,13 @@ class Graph:
             raise InputError(f"graph: queries must be [m, {keys.shape[1]}] like the keys, got {list(asked.shape)}")
         n = len(keys)
         found = nearest(asked, keys, min(self.lists, n))
-        drawn = _pruned(keys, *_by_key(*_pairs(found), keys, 4 * self.degree), self.degree)
-        drawn = self._both_ways(keys, drawn)
-        near = nearest(keys, keys, min(self.degree + 1, n))
-        near = near.masked_fill(near == torch.arange(n)[:, None], -1)
-        near = self._both_ways(keys, _pruned(keys, near, _scores(keys, near), self.degree))
-        edges = _without_twins(torch.cat((drawn, near), 1))
+        drawn = _partners(found, n, self.degree)
+        parts = [drawn]
+        if self.near:
+            close = nearest(keys, keys, min(3 * self.near + 1, n))
+            close = close.masked_fill(close == torch.arange(n)[:, None], -1)
+            parts.append(self._both_ways(keys, _pruned(keys, close, _scores(keys, close), self.near)))
+        edges = _without_twins(torch.cat(parts, 1))
         counts = torch.bincount(found[:, : min(16, n)].flatten(), minlength=n)
         self.starts = counts.topk(min(self.entries, n)).indices
         self.edges = _reachable(keys, edges, self.starts).int()
@@ -78,9 +85,9 @@ class Graph:
         """Best-first search, for all queries side by side."""
         check_search("graph", self.keys.shape[1], queries, count)
         size = max(1, TILE // max(len(self.keys), self.edges.shape[1] * self.width * self.keys.shape[1]))
-        parts = [self._search(q, count) for q in queries.to(self.keys).split(size)]
-        if not parts:
+        if not len(queries):
             return Found(torch.zeros(0, count, dtype=torch.long), 0.0)
+        parts = [self._search(q, count) for q in queries.to(self.keys).split(size)]
         scanned = sum(float(part[1].sum()) for part in parts) / len(queries)
         return Found(torch.cat([part[0] for part in parts]), scanned)
 
@@ -150,18 +157,26 @@ class Graph:
         source = torch.arange(len(keys))[:, None].expand_as(edges)
         real = edges >= 0
         ends = torch.cat((source[real], edges[real])), torch.cat((edges[real], source[real]))
-        return _pruned(keys, *_by_key(*ends, keys, 4 * self.degree), self.degree)
+        return _pruned(keys, *_by_key(*ends, keys, 4 * self.near), self.near)
 
 
-def _pairs(found: Tensor, spread: int = 8) -> tuple[Tensor, Tensor]:
-    """(key, other key of the same list) from lists [m,L]: the nearest key of a list, and others drawn evenly."""
-    m, L = found.shape
-    step = torch.linspace(0, L - 1, min(spread, L)).round().long().unique()
-    pivot = found[:, step]
-    left = pivot[:, :, None].expand(m, len(step), L).flatten()
-    right = found[:, None, :].expand(m, len(step), L).flatten()
-    real = (left != right) & (left >= 0) & (right >= 0)
-    return left[real], right[real]
+def _partners(found: Tensor, n: int, degree: int) -> Tensor:
+    """The keys that stand in most lists [m,L] together with each key: [n,degree], -1 where there are fewer.
+
+    Lists come in batches whose pairs are counted apart and then together, so that few pairs are held at a time.
+    """
+    L = found.shape[1]
+    step = torch.linspace(0, L - 1, min(SPREAD, L)).round().long().unique()
+    pairs, counts = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    for part in found.split(max(1, TILE // (len(step) * L))):
+        left = part[:, step, None].expand(-1, -1, L).flatten()
+        right = part[:, None, :].expand(-1, len(step), L).flatten()
+        real = (left != right) & (left >= 0) & (right >= 0)
+        new, count = (left[real] * n + right[real]).unique(return_counts=True)
+        pairs, place = torch.cat((pairs, new)).unique(return_inverse=True)
+        counts = torch.zeros(len(pairs), dtype=torch.long).index_add_(0, place, torch.cat((counts, count)))
+    left, right = pairs // n, pairs % n
+    return _table(left, right, counts, n, degree)[0]
 
 
 def _by_key(left: Tensor, right: Tensor, keys: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -171,18 +186,27 @@ def _by_key(left: Tensor, right: Tensor, keys: Tensor, most: int) -> tuple[Tenso
     left, right = pair // n, pair % n
     size = TILE // keys.shape[1]
     score = torch.cat([(keys[a] * keys[b]).sum(-1) for a, b in zip(left.split(size), right.split(size), strict=True)])
-    order = score.argsort(descending=True)
+    return _table(left, right, score, n, most)
+
+
+def _table(left: Tensor, right: Tensor, score: Tensor, n: int, most: int) -> tuple[Tensor, Tensor]:
+    """For each left [p] in 0..n-1 its rights with the largest scores, best first: ids [n,most] with -1, and scores."""
+    order = score.argsort(descending=True, stable=True)
     order = order[left[order].argsort(stable=True)]
     left, right, score = left[order], right[order], score[order]
-    start = torch.bincount(left, minlength=n).cumsum(0).roll(1)
-    start[0] = 0
-    rank = torch.arange(len(left)) - start[left]
+    rank = _rank(left, n)
     few = rank < most
-    width = int(rank[few].max()) + 1 if bool(few.any()) else 1
+    width = int(rank[few].max()) + 1 if len(left) else 1
     ids = torch.full((n, width), -1)
-    scores = torch.full((n, width), NONE, dtype=keys.dtype)
-    ids[left[few], rank[few]], scores[left[few], rank[few]] = right[few], score[few]
+    scores = torch.full((n, width), NONE)
+    ids[left[few], rank[few]], scores[left[few], rank[few]] = right[few], score[few].to(scores.dtype)
     return ids, scores
+
+
+def _rank(groups: Tensor, n: int) -> Tensor:
+    """The place of each entry in its group; the groups [p] ascend."""
+    start = torch.bincount(groups, minlength=n).cumsum(0)
+    return torch.arange(len(groups)) - (start - torch.bincount(groups, minlength=n))[groups]
 
 
 def _scores(keys: Tensor, ids: Tensor) -> Tensor:
@@ -245,11 +269,8 @@ def _reachable(keys: Tensor, edges: Tensor, starts: Tensor) -> Tensor:
         known = found.nonzero().flatten()
         some = lost[: max(1, TILE // max(1, len(known)))]
         parent = known[nearest(keys[some], keys[known], 1)[:, 0]]
-        kept = torch.bincount(parent, minlength=n)
         order = parent.argsort(stable=True)
-        start = kept.cumsum(0).roll(1)
-        start[0] = 0
-        rank = torch.arange(len(some)) - start[parent[order]]
+        rank = _rank(parent[order], n)
         # beyond four the lost keys hang on each other in a chain
         chained = torch.where(rank < 4, parent[order], some[order].roll(4))
         extra.append((chained, some[order]))
@@ -259,9 +280,8 @@ def _reachable(keys: Tensor, edges: Tensor, starts: Tensor) -> Tensor:
     left, right = torch.cat([a for a, _ in extra]), torch.cat([b for _, b in extra])
     order = left.argsort(stable=True)
     left, right = left[order], right[order]
-    start = torch.bincount(left, minlength=n).cumsum(0).roll(1)
-    start[0] = 0
-    rank = torch.arange(len(left)) - start[left]
+    rank = _rank(left, n)
     more = torch.full((n, int(rank.max()) + 1), -1)
     more[left, rank] = right
-    return torch.cat((edges, more), 1)
+    # one lost key may have led to another already
+    return _without_twins(torch.cat((edges, more), 1))

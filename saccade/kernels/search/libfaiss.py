@@ -108,9 +108,7 @@ class FaissIVF(_Faiss):
         return super()._ask(queries, count)
 
     def _scanned(self) -> float:
-        import faiss
-
-        return float(faiss.cvar.indexIVF_stats.ndis)
+        return float(_statistics().indexIVF_stats.ndis)
 
     def _cost(self, scanned: float) -> float:
         # centroids are vectors that a query is multiplied with, too
@@ -146,9 +144,7 @@ class FaissHNSW(_Faiss):
         return super()._ask(queries, count)
 
     def _scanned(self) -> float:
-        import faiss
-
-        return float(faiss.cvar.hnsw_stats.ndis)
+        return float(_statistics().hnsw_stats.ndis)
 
 
 class FaissNSG(_Faiss):
@@ -174,8 +170,10 @@ class FaissNSG(_Faiss):
 
         own = Graph(degree=self.degree)
         own.build(torch.from_numpy(keys), queries)
-        edges = own.edges.long()
-        edges = torch.where(edges >= 0, edges, torch.arange(len(keys))[:, None])
+        edges = own.edges.long()[:, : self.degree]
+        # faiss wants full lists: where there are fewer neighbours, the next keys in order stand in
+        n, at = len(keys), torch.arange(edges.shape[1])
+        edges = torch.where(edges >= 0, edges, (torch.arange(n)[:, None] + 1 + at) % n)
         square = torch.from_numpy(keys).square().sum(-1)
         level = (square.max() - square).clamp_min(0).sqrt()[:, None]
         made = faiss.IndexNSGFlat(keys.shape[1] + 1, self.degree)
@@ -189,6 +187,12 @@ class FaissNSG(_Faiss):
     def _cost(self, scanned: float) -> float:
         # faiss does not count here
         return float("nan")
+
+
+def _statistics() -> Any:
+    import faiss
+
+    return faiss.cvar
 
 
 def _array(t: Tensor) -> Any:
