@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saccade.cli.arguments import add_model, load_model, numbers, positive
+from saccade.cli.demo import describe
 from saccade.cli.main import Result
 from saccade.cli.progress import Progress, warn
 from saccade.cli.table import number, percent, size, table
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> Result:
     from saccade.evaluate.presets import CONTROLS, names_of
     from saccade.evaluate.run import Ask, get_task
     from saccade.evaluate.run import run as evaluate
+    from saccade.evaluate.samples import CONDITIONS, append
 
     plans = names_of(args.plans)
     methods = names_of([*(CONTROLS if args.controls else ()), *names_of(args.methods), *plans])
@@ -77,6 +79,8 @@ def run(args: argparse.Namespace) -> Result:
     finally:
         if progress is not None:
             progress.clear()
+            held = describe(loaded, max(args.lengths), args.command_line)
+            append(Path(args.out), [{key: text for key, text in held.items() if key != "length"}], CONDITIONS)
     failed = [row for row in rows if row.get("error")]
     lines = [text_table(rows)]
     lines += dict.fromkeys(f"{row['task']}: scores are {row['unit']}" for row in rows if row.get("unit"))

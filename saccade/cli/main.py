@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from saccade.core.errors import SaccadeError
 
-COMMANDS = ("demo", "list", "show", "run", "eval", "doctor", "plan", "bench")
+COMMANDS = ("demo", "list", "show", "run", "eval", "report", "doctor", "plan", "bench")
 MISTAKE, INTERRUPTED = 2, 130
 
 

@@ -15,8 +15,8 @@ from saccade.core.call import Call
 from saccade.core.pattern import Pattern, per_head
 from saccade.core.plan import Plan
 from saccade.evaluate.generate import answer, serving
+from saccade.evaluate.headmap import HeadMeter
 from saccade.evaluate.model import Loaded
-from saccade.hf.meter import Meter
 from saccade.methods.apply import Seen
 
 SIZE = 64  # cells along a side of a picture
@@ -46,7 +46,7 @@ class Trace:
     drawn: tuple[int, ...] = ()
     mass: bool = False
     span: tuple[int, int] | None = None
-    meter: Meter = field(default_factory=Meter)
+    meter: HeadMeter = field(default_factory=HeadMeter)
     prefill: dict[int, Tensor] = field(default_factory=dict)
     steps: dict[int, list[Tensor]] = field(default_factory=dict)
     finders: dict[int, Tensor] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from saccade.evaluate.presets import note, phases, preset, read_plan, resolve
 from saccade.methods.base import Selector
 
 SHAPE = ModelShape(8, 4, 2)
-PLANNED = [name for name in METHODS if "layer" not in find(name).phases and name not in ("duo", "razor")]
+PLANNED = [name for name in METHODS if "layer" not in find(name).phases and name not in ("duo", "razor", "seer")]
 
 
 @pytest.mark.parametrize("name", PLANNED)
@@ -30,7 +30,7 @@ def test_every_method_stands_in_every_phase_it_serves(name, shape):
 def test_reads_about_a_tenth(name, length):
     method = preset(name, ModelShape(1, 1, 1), length).phase(0, "prefill")[0].build(length)
     if name == "oracle" and length > 8192:
-        pytest.skip("the oracle forms all scores, which takes too long here")
+        pytest.skip("it forms all scores, which takes too long here")
     q, k = torch.randn(2, 1, 1, length, 4).unbind(0)
     call = Call.of(q, k)
     # what gives the answer itself says what it costs
@@ -44,6 +44,8 @@ def test_layers_and_unfitted_methods_are_refused_with_the_way_out():
         preset("lightning", SHAPE, 4096)
     with pytest.raises(PlanError, match=r"saccade\.fit\.duo"):
         preset("duo", SHAPE, 4096)
+    with pytest.raises(PlanError, match=r"saccade\.fit\.seer"):
+        preset("seer", SHAPE, 4096)
     with pytest.raises(PlanError, match="did you mean 'minference'"):
         preset("streaming+minferense", SHAPE, 4096)
 

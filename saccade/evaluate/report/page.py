@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import html
-import importlib
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from torch import Tensor
 
-from saccade.core.table import METHODS, find
 from saccade.evaluate.demo import Demo, Shown
+from saccade.evaluate.files import write_whole
+from saccade.evaluate.report.ideas import idea
 from saccade.evaluate.report.image import figure
 from saccade.evaluate.report.panels import KEPT, MASS, READ, kept_panel, prefill_panel, reading
-from saccade.evaluate.run import write_whole
+from saccade.evaluate.report.template import fill
+from saccade.evaluate.report.words import percent
 
 AROUND = 170  # characters of book text shown on either side of a fact
 
@@ -37,9 +36,9 @@ def write_page(path: Path, demo: Demo, conditions: Mapping[str, str], warnings: 
 
 def page(demo: Demo, conditions: Mapping[str, str], warnings: Sequence[str] = ()) -> str:
     """The page as text."""
-    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     dense = demo.shown[0].row
-    return template.substitute(
+    return fill(
+        "page.html",
         lead=_lead(demo),
         warnings="".join(f'<p class="warn">{html.escape(line)}</p>' for line in warnings),
         rows="\n".join(_row(s.row, dense) for s in demo.shown),
@@ -65,22 +64,22 @@ def _lead(demo: Demo) -> str:
         return html.escape(f"{first} No method that answers as many was faster.")
     return html.escape(
         f"{first} The fastest method that answers as many, {best['method']}, takes {best['ttft_s']:.2f} s: it is "
-        f"{best['ttft_ratio']:.1f} times as fast and reads {_percent(best['density'])} of the pairs."
+        f"{best['ttft_ratio']:.1f} times as fast and reads {percent(best['density'])} of the pairs."
     )
 
 
 def _row(row: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
     good = "good" if row["exact"] >= dense["exact"] else "bad"
     step = "-" if row["tpot_s"] is None else f"{1000 * row['tpot_s']:.1f} ms"
-    both = f"{_percent(row['density_prefill'])} / {_percent(row['density_decode'])}"
+    both = f"{percent(row['density_prefill'])} / {percent(row['density_decode'])}"
     name = html.escape(row["method"]) + (f"<small>{html.escape(row['note'])}</small>" if row["note"] else "")
     cells = (
         ("Exact answers", f'<span class="{good}">{row["exact"]} of {row["asked"]}</span>'),
         ("First token", f"{row['ttft_s']:.2f} s{_times(row['ttft_ratio'])}"),
         ("Per token", f"{step}{_times(row['tpot_ratio'])}"),
-        ("Keys and values", f"{row['kv_bytes'] / 1e6:.1f} MB<small>{_percent(row['kv_share'])} of dense</small>"),
+        ("Keys and values", f"{row['kv_bytes'] / 1e6:.1f} MB<small>{percent(row['kv_share'])} of dense</small>"),
         ("Pairs read, prefill / decode", both),
-        ("Weight kept", _percent(row["mass"])),
+        ("Weight kept", percent(row["mass"])),
     )
     body = "".join(f'<td data-label="{label}"><span>{value}</span></td>' for label, value in cells)
     return f'<tr><th scope="row">{name}</th>{body}</tr>'
@@ -101,7 +100,7 @@ def _picture(demo: Demo, shown: Shown) -> str:
             how += " Right: what all heads read for the last token."
     drawing = figure(panels, "key position", demo.marks, label=f"what {name} looks at")
     return (
-        f"<figure><h3>{html.escape(name)}</h3><p>{html.escape(_idea(name))}</p>{drawing}"
+        f"<figure><h3>{html.escape(name)}</h3><p>{html.escape(idea(name))}</p>{drawing}"
         f"<figcaption>{html.escape(reading(trace, plan))} {html.escape(how)}</figcaption></figure>"
     )
 
@@ -129,22 +128,6 @@ def _excerpt(text: str, fact: str) -> str:
     at = text.index(fact)
     before, after = text[max(0, at - AROUND) : at], text[at + len(fact) : at + len(fact) + AROUND]
     return f"… {html.escape(before)}<mark>{html.escape(fact)}</mark>{html.escape(after)} …"
-
-
-def _idea(name: str) -> str:
-    """The line that `saccade list` prints, for each part of a combination."""
-    if name == "dense":
-        return "Stock transformers (sdpa and DynamicCache), nothing of saccade attached."
-    ideas = []
-    for part in name.split("+"):
-        if part in METHODS:
-            module = importlib.import_module(find(part).__module__)
-            ideas.append(" ".join((sys.modules[module.__name__].__doc__ or "").split("\n\n")[0].split()))
-    return " ".join(ideas) or f"The plan of {name}."
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}" if share < 0.0995 else f"{share:.0%}"
 
 
 def _times(ratio: float | None) -> str:

@@ -58,8 +58,8 @@ def save_panels(
     save(figure, path)
 
 
-def new_figure(size: tuple[float, float]) -> Any:
-    """An empty figure.
+def new_figure(size: tuple[float, float], free: bool = False) -> Any:
+    """An empty figure of a size in inches; a free one is laid out by whoever draws on it.
 
     Raises:
         UnsupportedError: matplotlib is not installed.
@@ -68,7 +68,7 @@ def new_figure(size: tuple[float, float]) -> Any:
         from matplotlib.figure import Figure
     except ImportError:
         raise UnsupportedError("drawing a PNG needs matplotlib: pip install 'saccade[report]'") from None
-    return Figure(figsize=size, dpi=140, layout="constrained")
+    return Figure(figsize=size, dpi=140, layout=None if free else "constrained")
 
 
 def save(figure: Any, path: str | os.PathLike[str]) -> None:
