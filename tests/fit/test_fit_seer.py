@@ -5,16 +5,20 @@ import math
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file
 
 from saccade import attach
 from saccade.core.call import Call
 from saccade.core.errors import InputError, UnsupportedError
 from saccade.core.plan import Plan
 from saccade.core.rope import Rope
+from saccade.evaluate.presets import preset
+from saccade.evaluate.tasks.needle import Needle
 from saccade.fit import seer
 from saccade.fit.seer import block_maxima, divergence, fit_gate, lessons_of
 from saccade.hf.meter import Meter
-from saccade.methods.sparse.seer import gate_keys, gate_scores
+from saccade.methods.sparse.seer import PACKAGE, gate_keys, gate_scores
+from saccade.reader import load
 
 
 @pytest.fixture(autouse=True)
@@ -243,3 +247,24 @@ def test_models_without_rotary_positions_are_refused(model, tmp_path, monkeypatc
 def test_the_rope_is_the_models_own(model):
     lesson = lessons_of(model, texts(1, N=64)[0], 16)[0]
     assert isinstance(lesson.rope, Rope) and lesson.rope.frequencies.shape == (4,)
+
+
+def test_the_readers_gate_beats_mean_pooling_on_a_book_it_has_not_seen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reader, tokenizer = load()
+    plan = preset("seer", reader, 2048, bundled=True)
+    (assign,) = plan.layers[7]
+    weights = assign.args["weights"]
+    assert weights.startswith("saccade:") and assign.build().weights_for == (8, 4, 64)
+    tensors = load_file(PACKAGE / weights.removeprefix("saccade:"))
+    ids = torch.tensor(Needle(distractors=10).sample(tokenizer, 1536, 0).ids)
+    plain = torch.cat((torch.zeros(128, 64), torch.eye(64))).repeat(4, 1, 1)
+    sums = dict.fromkeys(("pooled", "learned", "oracle"), 0.0)
+    for layer, lesson in enumerate(lessons_of(reader, ids, 64)):
+        scores = {"oracle": lesson.target}
+        for name, weight in (("pooled", plain), ("learned", tensors[f"layers.{layer}.key"])):
+            scores[name] = gate_scores(lesson.asked, gate_keys(lesson.features, weight, 64, lesson.rope))
+        for name, found in scores.items():
+            sums[name] += recall(found, lesson.target, 4) / 8
+    assert sums["learned"] > sums["pooled"] + 0.05, sums
+    assert sums["oracle"] - sums["learned"] < 0.5 * (sums["oracle"] - sums["pooled"]), sums

@@ -255,7 +255,12 @@ def test_a_replaced_file_is_noticed_and_a_failed_save_leaves_the_old_one(gate, m
     *_, q, k, call = draw(200, B=1)
     method = Seer(path, budget=32)
     before = method.select(q, k, call).index
-    save_gate(path, [-w for w in weights], BLOCK)
+    with open(path, "rb") as held:
+        old = held.read()
+        save_gate(path, [-w for w in weights], BLOCK)
+        # who has the old file open goes on reading it: nothing was written into it
+        held.seek(0)
+        assert held.read() == old != Path(path).read_bytes()
     os.utime(path, ns=(1, 1))
     after = method.select(q, k, call).index
     assert not torch.equal(before, after)
