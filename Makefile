@@ -22,8 +22,8 @@ check: lint  ## what every push must pass, in about two minutes
 	$(BIN)/python -m pytest -x -m 'not slow'
 
 lint: venv  ## format, lint, types
-	$(BIN)/ruff format --check saccade tests bench
-	$(BIN)/ruff check saccade tests bench
+	$(BIN)/ruff format --check saccade tests bench conftest.py
+	$(BIN)/ruff check saccade tests bench conftest.py
 	$(BIN)/mypy
 
 bench: venv  ## the figures of the README that a CPU can give; about half an hour
