@@ -72,9 +72,9 @@ def page(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         "`reads` counts what selection itself scores, `mass` is the attention weight on what was read (not known",
     ]
     lines += [
-        "where there is no pattern). Times are ratios to stock transformers in the same run; at this length little can be"
+        "where there is no pattern). Times are ratios to stock transformers in the same run; at this length little can"
     ]
-    lines += ["saved."]
+    lines += ["be saved."]
     return "\n".join([*lines, ""])
 
 
