@@ -26,7 +26,7 @@ class Pattern:
 
     def member(self, call: Call, rows: Tensor, slots: Tensor) -> Tensor:
         """Is slot in the set for the row? rows [n], slots [1|B, 1|H, 1|n, S] -> bool that broadcasts to [B,H,n,S]."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement member")
 
     def mask(self, call: Call, rows: Tensor | None = None) -> Tensor:
         """The pairs as booleans [B, H, N, M] (or [B, H, len(rows), M]), with causality and padding."""

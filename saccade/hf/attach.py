@@ -211,9 +211,8 @@ class Session:
                 if all_heads and whole and rows.stop - rows.start == len(out):
                     out = o
                 else:
-                    at = torch.arange(N, device=q.device)[real]
-                    for i, h in enumerate(heads):
-                        out[rows, h, at] = o[:, i]
+                    where = torch.arange(N, device=q.device)[real]
+                    out[rows][:, torch.tensor(heads, device=q.device)[:, None], where] = o
         store.asked(asked, now=phase == "prefill")
         return out
 

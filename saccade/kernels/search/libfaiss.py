@@ -47,7 +47,7 @@ class _Faiss:
         return 0 if self.made is None else int(faiss.serialize_index(self.made).nbytes)
 
     def _make(self, keys: Any, queries: Tensor | None) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement _make")
 
     def _ask(self, queries: Any, count: int) -> Any:
         return self.made.search(queries, count)[1]

@@ -9,8 +9,10 @@ from saccade.core.call import Call
 from saccade.core.errors import InputError, PlanError
 from saccade.core.pattern import Blocks, Full, Window
 from saccade.core.table import build
+from saccade.kernels import tree
+from saccade.kernels.tree import tree_search
 from saccade.methods.select import hip
-from saccade.methods.select.hip import HiP, tree_search
+from saccade.methods.select.hip import HiP
 from saccade.testing import Feed, stream
 
 
@@ -37,7 +39,7 @@ def search(judges, keys, start, stop, kept, block):
 @pytest.mark.parametrize("tile", [1, 1 << 24])
 @pytest.mark.parametrize(("kept", "block", "start"), [(3, 4, 0), (5, 2, 1), (4, 3, 2), (1, 8, 0), (40, 2, 0)])
 def test_against_lists(kept, block, start, tile, monkeypatch):
-    monkeypatch.setattr(hip, "TILE", tile)
+    monkeypatch.setattr(tree, "TILE", tile)
     B, H, G, n, R, D, M = 2, 4, 2, 5, 3, 6, 71
     rows, k = torch.randn(B, H, n, R, D).double(), torch.randn(B, G, M, D).double()
     stop = torch.tensor([0, 1, 7, 15, -(-M // block)]).clamp(max=-(-M // block))
