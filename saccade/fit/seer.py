@@ -16,8 +16,9 @@ from saccade.core.errors import InputError, UnsupportedError
 from saccade.core.plan import ModelShape, Plan
 from saccade.core.rope import Rope
 from saccade.hf.attach import attach
+from saccade.kernels.gate import gate_keys, gate_queries, gate_scores, key_features
 from saccade.methods.apply import Seen
-from saccade.methods.sparse.seer import gate_keys, gate_queries, gate_scores, key_features, save_gate
+from saccade.methods.gates import save_gate
 
 TILE = 1 << 22  # scores held at a time
 
@@ -58,7 +59,7 @@ def fit_gate(
     Args:
         model: a causal language model of transformers; left as it was.
         samples: token ids, [N] or rows [B,N] of one length without padding; one step each. Read once.
-        path: the file to save, see `saccade.methods.sparse.seer.save_gate`.
+        path: the file to save, see `saccade.methods.gates.save_gate`.
         block: tokens of a block.
         epochs: times that every sample is a step; above 1 what was seen of all samples is held on the CPU, n x n
             numbers per head and layer for n blocks.

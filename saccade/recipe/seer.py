@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saccade.core.plan import ModelShape, Plan
 from saccade.fit.seer import fit_gate
-from saccade.methods.sparse.seer import INSIDE, PACKAGE, save_gate
+from saccade.methods.gates import INSIDE, PACKAGE, save_gate
 from saccade.reader.books import training
 from saccade.recipe.books import tokenise
 from saccade.recipe.mixture import Mixture

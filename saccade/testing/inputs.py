@@ -109,7 +109,7 @@ def _build(name: str, args: dict[str, Any]) -> Method:
 @cache
 def _gate_file() -> str:
     """A gate of random weights for a stack of LAYERS layers with up to 8 heads of width 16; blocks of 12."""
-    from saccade.methods.sparse.seer import save_gate
+    from saccade.methods.gates import save_gate
 
     folder = tempfile.mkdtemp(prefix="saccade-gate-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -17,7 +17,8 @@ from saccade.evaluate.tasks.needle import Needle
 from saccade.fit import seer
 from saccade.fit.seer import block_maxima, divergence, fit_gate, lessons_of
 from saccade.hf.meter import Meter
-from saccade.methods.sparse.seer import PACKAGE, gate_keys, gate_scores
+from saccade.kernels.gate import gate_keys, gate_scores
+from saccade.methods.gates import PACKAGE
 from saccade.reader import load
 
 

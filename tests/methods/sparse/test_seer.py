@@ -14,7 +14,9 @@ from saccade.core.errors import FileError, InputError, PlanError, UnsupportedErr
 from saccade.core.pattern import Full
 from saccade.core.plan import ModelShape, Plan
 from saccade.core.rope import Rope
-from saccade.methods.sparse.seer import Seer, gate_keys, gate_queries, gate_scores, key_features, save_gate
+from saccade.kernels.gate import gate_keys, gate_queries, gate_scores, key_features
+from saccade.methods.gates import save_gate
+from saccade.methods.sparse.seer import Seer
 
 LAYERS, H, G, D, BLOCK = 2, 4, 2, 6, 16
 FREQUENCIES = [1.0, 0.31, 0.07]
@@ -147,7 +149,7 @@ def test_tiles_of_rows_choose_alike(gate, monkeypatch):
     method = Seer(gate[0], budget=48)
     want = method.select(q, k, call)
     monkeypatch.setattr("saccade.methods.sparse.seer.TILE", 1)
-    monkeypatch.setattr("saccade.methods.sparse.seer.ROWS", 40)
+    monkeypatch.setattr("saccade.kernels.gate.ROWS", 40)
     assert torch.equal(method.select(q, k, call).index, want.index)
 
 
@@ -269,7 +271,7 @@ def test_a_replaced_file_is_noticed_and_a_failed_save_leaves_the_old_one(gate, m
         file.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("saccade.methods.sparse.seer.save_file", full)
+    monkeypatch.setattr("saccade.methods.gates.save_file", full)
     with pytest.raises(OSError, match="no space"):
         save_gate(path, weights, BLOCK)
     assert torch.equal(method.select(q, k, call).index, after)
