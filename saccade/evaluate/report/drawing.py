@@ -20,6 +20,9 @@ LOOKS = {
     "control": ("#8a929b", "#7d868f"),
     "dense": ("#1d2126", "#e7e9eb"),
     "failed": ("#c2341d", "#ff8a72"),
+    "select": ("#c9780a", "#e9ad55"),
+    "copy": ("#8352cf", "#b595ee"),
+    "gain": ("#1a7f4b", "#58c48c"),
 }
 HALO = ".halo{paint-order:stroke;stroke:var(--sheet,var(--paper));stroke-width:3px;stroke-linejoin:round}"
 CHAR = 0.56  # width of a letter, as a share of its height

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saccade.evaluate.presets import CONTROLS, DENSE
 from saccade.evaluate.report.bars import Bar, bars
+from saccade.evaluate.report.budgets import Spent, budgets, parted
 from saccade.evaluate.report.drawing import Drawing, stand_alone
 from saccade.evaluate.report.facts import Place, Side, average, faster, is_share, mean_of
 from saccade.evaluate.report.folder import Folder
@@ -19,8 +22,11 @@ from saccade.evaluate.report.heat import heat_map, heat_tasks
 from saccade.evaluate.report.image import figure
 from saccade.evaluate.report.pareto import Point, pareto
 from saccade.evaluate.report.plot import new_figure, save, save_panels
+from saccade.evaluate.report.stack import PARTS, Stack, stacks
 from saccade.evaluate.report.words import percent, size, tick, tokens
 
+HUES = ["method", "select", "copy", "gain", "failed", "dense"]
+MAPS = 48  # more maps of heads than this on one page would be looked at by nobody
 FIGURE_CSS = (
     ".t{font:600 13px system-ui;fill:var(--ink)}"
     ".a{font:11px system-ui;fill:var(--soft)}.f{fill:none;stroke:var(--line)}"
@@ -99,9 +105,36 @@ def bar_pictures(folder: Folder) -> Iterator[Picture]:
                 yield Picture(f"{_stem(folder)}-time-{key.split('_')[0]}-{length}", "", _at(length), drawing)
 
 
+def stack_pictures(folder: Folder) -> Iterator[Picture]:
+    """Where the time of a prefill and of a step goes, for each length, long ones first."""
+    for length in reversed(folder.lengths):
+        for phase, title in (("prefill", "Prefill"), ("decode", "Each further token")):
+            rows = [Stack(method, _parts(folder, method, length, phase)) for method in folder.methods]
+            if any(row.parts is not None for row in rows):
+                drawing = stacks(rows, f"{title}, {tokens(length)} tokens")
+                yield Picture(f"{_stem(folder)}-waterfall-{phase}-{length}", "", _at(length), drawing)
+
+
+def budget_pictures(folder: Folder) -> Iterator[Picture]:
+    """Score against what was read, for methods that were run with several shares, long lengths first."""
+    spread = {name for name, share in map(parted, folder.methods) if share is not None}
+    for length in reversed(folder.lengths):
+        lines: dict[str, list[Spent]] = {}
+        for point in _points(folder, length, "density")[0]:
+            name, share = parted(point.name)
+            if name in spread and share is not None:
+                lines.setdefault(name, []).append(Spent(point.cost, point.score))
+        if lines:
+            hues = iter(HUES * len(lines))
+            looks = {name: "control" if look_of(name) == "control" else next(hues) for name in lines}
+            label = f"Score against what is read at {tokens(length)} tokens"
+            caption = f"{label}; mean over tasks."
+            yield Picture(f"{_stem(folder)}-budget-{length}", caption, _at(length), budgets(lines, looks, label))
+
+
 def head_pictures(folder: Folder) -> Iterator[Picture]:
     """Density and kept mass of each layer and head, where heads.jsonl has them."""
-    for line in folder.heads:
+    for line in _worth_drawing(folder.heads):
         panels, said = [], []
         for what in ("density", "mass"):
             if line.get(what) is None:
@@ -123,13 +156,32 @@ def head_pictures(folder: Folder) -> Iterator[Picture]:
             yield Picture(stem, f"{name}: {'; '.join(said)}.", _at(line["length"]), None, panels)
 
 
+def _worth_drawing(lines: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """All of them where they are few; else those of the longest length and of the first task that has it."""
+    if len(lines) <= MAPS:
+        return lines
+    longest = max(line["length"] for line in lines)
+    task = next(line["task"] for line in lines if line["length"] == longest)
+    return [line for line in lines if (line["length"], line["task"]) == (longest, task)]
+
+
 def _at(length: int) -> str:
     return f"{tokens(length)} tokens"
 
 
 def look_of(method: str) -> str:
     """Dense and controls stand apart from methods."""
-    return "dense" if method == DENSE else "control" if method in CONTROLS else "method"
+    return "dense" if method == DENSE else "control" if parted(method)[0] in CONTROLS else "method"
+
+
+def _parts(folder: Folder, method: str, length: int, phase: str) -> dict[str, float] | None:
+    """Mean seconds by part, over the tasks where they were measured."""
+    found = []
+    for row in folder.rows:
+        parts = row["waterfall"].get(phase) if isinstance(row.get("waterfall"), dict) else None
+        if (row["method"], row["length"]) == (method, length) and isinstance(parts, dict):
+            found.append({key: float(parts.get(key) or 0.0) for key in PARTS})
+    return {key: fmean(parts[key] for parts in found) for key in PARTS} if found else None
 
 
 def _points(folder: Folder, length: int, key: str) -> tuple[list[Point], list[str]]:

@@ -18,12 +18,15 @@ from saccade.evaluate.report.drawing import looks_css
 from saccade.evaluate.report.folder import ASKED, Folder, read_folders
 from saccade.evaluate.report.heat import CROSS, DASH
 from saccade.evaluate.report.ideas import idea
+from saccade.evaluate.report.nearness import nearness_table
 from saccade.evaluate.report.pictures import (
     Picture,
     bar_pictures,
+    budget_pictures,
     head_pictures,
     heat_pictures,
     pareto_pictures,
+    stack_pictures,
 )
 from saccade.evaluate.report.positions import positions_tables
 from saccade.evaluate.report.runs import compared, mixed
@@ -85,7 +88,7 @@ def write_report(page: str | os.PathLike[str], paths: Sequence[str | os.PathLike
     return Written(target, _save(target, pictures), summaries, said, warnings)
 
 
-DRAWN = (pareto_pictures, heat_pictures, head_pictures, bar_pictures)
+DRAWN = (pareto_pictures, budget_pictures, heat_pictures, head_pictures, bar_pictures, stack_pictures)
 
 
 def _save(page: Path, pictures: Iterable[Picture]) -> list[Path]:
@@ -118,7 +121,7 @@ def _page(
     warnings: Sequence[str],
     groups: Sequence[Sequence[Sequence[Picture]]],
 ) -> str:
-    score, depth, heads, time = (
+    score, budget, depth, heads, time, parts = (
         _section(*words, folders, found)
         for words, found in zip(
             (
@@ -127,6 +130,7 @@ def _page(
                     "Up and left is better. The line joins methods that none beats in both; grey: controls.",
                     "grid",
                 ),
+                ("What a budget buys", "A line for each method that was run with several budgets.", "grid"),
                 (
                     "Where the fact stands",
                     f"The number is the mean score. {CROSS} failed, {DASH} nothing was run.",
@@ -134,6 +138,12 @@ def _page(
                 ),
                 ("Layers and heads", "Each row is a layer, each column a head.", "pictures"),
                 ("How long it takes", "Medians of cells, averaged over tasks; x: times as fast as dense.", "grid"),
+                (
+                    "Where the time goes",
+                    "A run of its own with a clock in it, a little slower than the times above. Copying: keys and values "
+                    "stored, gathered or moved; the rest: projections, feed-forward, and what Python adds.",
+                    "grid",
+                ),
             ),
             groups,
             strict=True,
@@ -148,9 +158,12 @@ def _page(
         summaries="\n".join(_summary(folder, summaries[folder.name], len(folders) > 1) for folder in folders),
         compared=_compared(folders, said),
         score=score,
+        budget=budget,
         depth=depth,
         heads=heads,
         time=time,
+        parts=parts,
+        nearness=nearness_table(folders),
         table=rows_table(folders),
         positions=positions_tables(folders),
         methods="\n".join(_method(name) for name in dict.fromkeys(name for f in folders for name in f.methods)),

@@ -1,0 +1,110 @@
+"""Waterfalls, budget lines and nearness to dense on the page, against the rows they were made from."""
+
+import math
+
+import pytest
+from report_pages import Page, row
+
+from saccade.evaluate.report.budgets import Spent, budgets, parted
+from saccade.evaluate.report.folder import read_folders
+from saccade.evaluate.report.pictures import MAPS, budget_pictures, head_pictures, look_of, stack_pictures
+from saccade.evaluate.report.report import write_report
+from saccade.evaluate.report.stack import PARTS, WIDTH
+
+
+def rects(drawing):
+    return [shape for shape in drawing.shapes if shape[0] == "rect"]
+
+
+def waterfall(*seconds):
+    return {"prefill": dict(zip(PARTS, seconds, strict=True)), "decode": {"select": 0.0, "attend": 0.001, "rest": 0.01}}
+
+
+def test_a_waterfall_is_as_long_as_its_seconds(evaluation, tmp_path):
+    rows = [
+        row("dense", 1.0, waterfall=waterfall(0.0, 3.0, 0.2, 0.8)),
+        row("dense", 1.0, task="kv", waterfall=waterfall(0.0, 5.0, 0.2, 0.8)),
+        row("minference", 1.0, waterfall=waterfall(0.3, 0.5, 0.2, 1.0)),
+        row("duo", 1.0),
+        row("h2o", 1.0, waterfall={"prefill": "long", "decode": None}),
+    ]
+    (folder,) = read_folders([evaluation(tmp_path / "a", rows)])
+    prefill, decode = stack_pictures(folder)
+    assert [x.group for x in (prefill, decode)] == ["4,096 tokens"] * 2
+    legend, bars = rects(prefill.drawing)[:4], rects(prefill.drawing)[4:]
+    assert len(legend) == 4 and len(bars) == 8  # two methods of four parts; duo and h2o have none
+    # dense: the mean over its two tasks, 0 + 4 + 0.2 + 0.8, is the longest
+    wide = [bar[3] for bar in bars]
+    assert wide[:4] == pytest.approx([WIDTH * part / 5 for part in (0, 4, 0.2, 0.8)])
+    assert wide[4:] == pytest.approx([WIDTH * part / 5 for part in (0.3, 0.5, 0.2, 1.0)])
+    # each part begins where the last one ends
+    assert [bar[1] for bar in bars[4:]] == pytest.approx([sum(wide[4 : 4 + at]) for at in range(4)])
+    svg = prefill.svg()
+    assert svg.count("not measured") == 2 and "5.00 s, attention 80%" in svg and "2.00 s, attention 25%" in svg
+    # a part that a row leaves out is nothing
+    assert "11 ms, attention 9.1%" in decode.svg()
+
+
+def test_a_budget_line_joins_the_shares_of_one_method(evaluation, tmp_path):
+    rows = [row(f"quest@{share}", score, density=share * 1.1) for share, score in ((0.2, 1.0), (0.05, 0.4), (0.1, 0.8))]
+    rows += [row("streaming@0.1", 0.1, density=0.11), row("minference", 1.0, density=0.1), row("odd@name", 0.5)]
+    (folder,) = read_folders([evaluation(tmp_path / "a", rows)])
+    (picture,) = budget_pictures(folder)
+    (line,) = [
+        shape for shape in picture.drawing.shapes if shape[0] == "line" and shape[3] == 1.6 and len(shape[1]) == 3
+    ]
+    xs, ys = zip(*line[1], strict=True)
+    assert list(xs) == sorted(xs) and list(ys) == sorted(ys, reverse=True)
+    # equal factors are equal steps
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1])
+    hints = [shape[5] for shape in picture.drawing.shapes if shape[0] == "dot"]
+    assert "quest: 0.80 reading 11%" in hints and len(hints) == 4
+    assert not any("minference" in hint or "odd" in hint for hint in hints)
+    assert {shape[4] for shape in picture.drawing.shapes if shape[0] == "dot"} == {"method", "control"}
+
+
+def test_no_shares_no_line(evaluation, tmp_path):
+    (folder,) = read_folders([evaluation(tmp_path / "a", [row("dense", 1.0), row("quest", 1.0)])])
+    assert not list(budget_pictures(folder)) and not list(stack_pictures(folder))
+    assert look_of("streaming@0.1") == look_of("random") == "control" and look_of("quest@0.1") == "method"
+    assert parted("a/b@c.json") == ("a/b@c.json", None) and parted("@0.5") == ("@0.5", None)
+
+
+def test_one_point_is_drawn_too():
+    drawing = budgets({"quest": [Spent(0.1, 1.0)]}, {"quest": "method"}, "one")
+    assert all(math.isfinite(value) for shape in drawing.shapes for value in shape[1:3] if isinstance(value, float))
+
+
+def test_nearness_is_the_mean_over_tasks(evaluation, tmp_path):
+    near = {"output_error": 0.02, "kl_answer": 0.001, "kl_other": 0.2, "agree_answer": 1.0, "agree_other": 0.9}
+    near |= {"mass_low": 0.5, "estimate": 0.01, "read_bytes": 2_000_000, "peak_bytes": None, "ceiling": 3.0}
+    rows = [
+        row("dense", 1.0, ttft=4.0, density=1.0, mass=1.0),
+        row("dense", 1.0, task="kv", ttft=4.0, density=1.0, mass=1.0),
+        row("quest", 1.0, ttft=2.0, **near),
+        row("quest", 1.0, task="kv", ttft=1.0, **(near | {"output_error": 0.04, "kl_answer": None})),
+    ]
+    page = Page(write_report(tmp_path / "out" / "r.html", [evaluation(tmp_path / "a", rows)]).page)
+    dense, quest = page.tables["nearness"][1:]
+    assert dense[:4] == ["dense", "4,096", "100%", "100%"] and set(dense[4:]) == {"-"}
+    assert quest == [
+        *("quest", "4,096", "10%|1.0% choosing", "90%|50% 5th percentile", "3.0%", "0.001|0.2 elsewhere"),
+        # the geometric mean of 2 and 4
+        *("100%|90% elsewhere", "2 MB", "-", "3.00x|2.83x reached"),
+    ]
+    old = Page(write_report(tmp_path / "out" / "old.html", [evaluation(tmp_path / "b", rows[:2])]).page)
+    assert "nearness" not in old.tables and "How near to dense" not in old.text
+
+
+def test_many_maps_of_heads_are_thinned(evaluation, tmp_path):
+    def grid(method, task, length):
+        cells = {"density": [[0.1, 0.2]], "mass": [[0.5, 0.6]]}
+        return {"method": method, "task": task, "length": length, "phase": "prefill", **cells}
+
+    every = [grid(f"m{i}", task, length) for i in range(5) for task in ("needle", "kv") for length in (4096, 8192)]
+    (few,) = read_folders([evaluation(tmp_path / "few", [row("m0", 1.0)], heads=every)])
+    assert len(every) <= MAPS and len(list(head_pictures(few))) == len(every)
+    every = [grid(f"m{i}", task, length) for i in range(15) for task in ("needle", "kv") for length in (4096, 8192)]
+    (many,) = read_folders([evaluation(tmp_path / "many", [row("m0", 1.0)], heads=every)])
+    shown = [picture.stem for picture in head_pictures(many)]
+    assert len(shown) == 15 and all("needle-8192" in stem for stem in shown)
