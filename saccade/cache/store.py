@@ -7,13 +7,14 @@ place; room grows by an eighth. Nothing here knows about Hugging Face.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from saccade.core.call import Call
+from saccade.core.clock import Clock, lap
 from saccade.core.errors import InputError
 
 ROOM = 64  # slots added beyond what is needed
@@ -170,6 +171,15 @@ class Group:
         self.bias = None if self.bias is None else self.bias.index_select(0, index)
         self.lengths = [self.lengths[i] for i in index.tolist()]
 
+    def fork(self) -> Group:
+        """The same, in tensors of its own."""
+        other = Group(self.heads, self.policy)
+        other.k, other.v, other.pos, other.bias = (
+            None if t is None else t.clone() for t in (self.k, self.v, self.pos, self.bias)
+        )
+        other.lengths = list(self.lengths)
+        return other
+
     def bytes(self) -> int:
         """Bytes in memory, room to grow included."""
         return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.pos, self.bias) if t is not None)
@@ -203,6 +213,7 @@ class Store:
     Args:
         policies: (key heads, policy) pairs; heads named in none keep everything.
         kv_heads: key heads in the layer.
+        shared: what the memory holds from the start, the same objects in all layers (`saccade.cache.cap`).
 
     Example:
         >>> store = Store([], kv_heads=2)
@@ -211,8 +222,14 @@ class Store:
         ([5], torch.Size([1, 2, 5, 4]))
     """
 
-    def __init__(self, policies: Sequence[tuple[Sequence[int], Keeper]], kv_heads: int) -> None:
+    def __init__(
+        self,
+        policies: Sequence[tuple[Sequence[int], Keeper]],
+        kv_heads: int,
+        shared: Mapping[str, Any] | None = None,
+    ) -> None:
         self.kv_heads = kv_heads
+        self.shared = {} if shared is None else dict(shared)
         self.policies = [(tuple(sorted(heads)), policy) for heads, policy in policies]
         self.reset()
 
@@ -247,7 +264,7 @@ class Store:
                 raise InputError(f"store: batch row {row} is padding from end to end; drop it")
         self.settle()
         if not self.seen:
-            self.seen, self.memory, self._cut = [0] * B, [{}], [0] * B
+            self.seen, self.memory, self._cut = [0] * B, [dict(self.shared)], [0] * B
         if valid is not None or self.valid is not None:
             past = torch.ones(B, self.total, dtype=torch.bool, device=k.device) if self.valid is None else self.valid
             here = torch.ones(B, n, dtype=torch.bool, device=k.device) if valid is None else valid
@@ -286,7 +303,7 @@ class Store:
         """The methods' memory for a set of rows."""
         return self.memory[0] if len(self.memory) == 1 else self.memory[rows.start]
 
-    def asked(self, q: list[Tensor], now: bool) -> None:
+    def asked(self, q: list[Tensor], now: bool, clock: Clock | None = None) -> None:
         """The queries that were just answered, one tensor [b,H,n,D] for each row set; policies may now evict.
 
         After a prefill (`now`) they evict at once, so that bytes are freed layer by layer. After a step they wait for
@@ -295,9 +312,9 @@ class Store:
         if any(group.policy is not None for group in self.groups):
             self._asked = q
             if now:
-                self.settle()
+                self.settle(clock)
 
-    def settle(self) -> None:
+    def settle(self, clock: Clock | None = None) -> None:
         """Let the policies evict what the last call no longer needs."""
         if self._asked is None:
             return
@@ -309,12 +326,16 @@ class Store:
                 view = group.view(rows)
                 share = q.shape[1] // self.kv_heads
                 heads = [h * share + i for h in group.heads for i in range(share)]
-                call = call_for(q[:, heads], view, self.seen[rows.start], tuple(heads), memory=self.memory_of(rows))
-                slots = group.policy.keep(q[:, heads], view.k, view.v, call)
+                # a list as an index is a tensor that a GPU would be waited for
+                mine = q if len(heads) == q.shape[1] else q[:, heads]
+                call = call_for(mine, view, self.seen[rows.start], tuple(heads), memory=self.memory_of(rows))
+                slots = group.policy.keep(mine, view.k, view.v, call)
+                lap(clock, "select")
                 if slots is not None and slots.shape[2] < view.k.shape[2]:
                     group.keep(rows, slots, group.policy.fold(view.k, view.v, view.bias, slots, call))
                     for row in range(*rows.indices(len(self.seen))):
                         self._cut[row] = max(self._cut[row], self.seen[row])
+                    lap(clock, "copy")
 
     def crop(self, count: int) -> None:
         """Forget the last `count` tokens of every row (padding counts as a token, as transformers counts it)."""
@@ -358,6 +379,21 @@ class Store:
             self._asked = None if self._asked is None else [self._asked[i] for i in at]
         self.seen, self._cut = [self.seen[i] for i in at], [self._cut[i] for i in at]
         self.valid = None if self.valid is None else self.valid.index_select(0, index.to(self.valid.device))
+
+    def fork(self) -> Store:
+        """A store that goes on from here by itself: keys, values, and what the methods and policies remember.
+
+        Neither sees what is appended to the other. Blocks in a tier are shared: they are written once and only read.
+        """
+        other = Store(self.policies, self.kv_heads, self.shared)
+        other.groups = [group.fork() for group in self.groups]
+        other.seen, other.total, other._cut = list(self.seen), self.total, list(self._cut)
+        other.valid = self.valid
+        # rows that stay together share one memory, else each row has its own
+        rows = len(self.seen) if len(self.memory) == 1 else 1
+        other.memory = [_rows_of(held, torch.arange(rows)) for held in self.memory]
+        other._asked = None if self._asked is None else list(self._asked)
+        return other
 
     def bytes(self) -> int:
         """Bytes of keys, values, positions and biases in memory, room to grow included."""

@@ -31,7 +31,7 @@ class Pattern:
     def mask(self, call: Call, rows: Tensor | None = None) -> Tensor:
         """The pairs as booleans [B, H, N, M] (or [B, H, len(rows), M]), with causality and padding."""
         B, H, _, N, M = call.shape
-        device = self.device if rows is None else rows.device
+        device = self._place(call) if rows is None else rows.device
         q_pos, k_pos = call.positions(device)
         rows = torch.arange(N, device=device) if rows is None else rows
         slots = torch.arange(M, device=device)[None, None, None]
@@ -66,7 +66,7 @@ class Pattern:
         """A picture [H, size, size]: the share of each cell's pairs that is visited (rows are sampled, 4 to a cell)."""
         B, H, _, N, M = call.shape
         size = min(size, N, M)
-        rows = torch.linspace(0, N - 1, min(N, 4 * size), device=self.device).round().long()
+        rows = torch.linspace(0, N - 1, min(N, 4 * size), device=self._place(call)).round().long()
         mask = self.mask(call, rows)[0].float()
         return torch.nn.functional.adaptive_avg_pool2d(mask[None], (size, size))[0]
 
@@ -76,10 +76,15 @@ class Pattern:
         found = [v for v in self.__dict__.values() if isinstance(v, Tensor)]
         return found[0].device if found else torch.device("cpu")
 
+    def _place(self, call: Call) -> torch.device:
+        """Where pairs with this call are worked out: a pattern without tensors goes where the call's positions are."""
+        given = call.k_pos if call.k_pos is not None else call.q_pos
+        return self.device if given is None else given.device
+
     def _count(self, call: Call) -> float:
         B, H, _, N, M = call.shape
         step = max(1, CHUNK // (B * H * M))
-        rows = torch.arange(N, device=self.device)
+        rows = torch.arange(N, device=self._place(call))
         return float(sum(self.mask(call, rows[i : i + step]).sum().item() for i in range(0, N, step)))
 
 

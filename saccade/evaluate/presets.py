@@ -10,6 +10,7 @@ from typing import Any
 from saccade.core.errors import PlanError
 from saccade.core.plan import PHASES, ModelShape, Plan, read_text
 from saccade.core.table import METHODS, build, find
+from saccade.evaluate.budget import scaled, split
 from saccade.evaluate.model import READER, Loaded
 from saccade.reader.books import DATA
 
@@ -21,18 +22,20 @@ CONTROLS = (DENSE, "streaming", "random", "oracle")
 def preset(name: str, model: Any, length: int, *, bundled: bool = False) -> Plan:
     """The plan of a method, or of several joined by "+", for prompts of about `length` tokens.
 
-    A method stands in every phase that it serves. Budgets are set so that it reads about a tenth of what dense
-    attention reads at 8k to 32k tokens. In a combination with a cache policy the heads that the policy names follow
-    it, and the other methods serve the remaining heads.
+    A method stands in every phase that it serves. Budgets are set so that it reads a tenth to a fifth of what
+    dense attention reads at 8k to 32k tokens. In a combination with a cache policy the heads that the policy names
+    follow it, and the other methods serve the remaining heads.
 
     Args:
-        name: `"minference"`, `"minference+duo"`, ... (`saccade list`).
+        name: `"minference"`, `"minference+duo"`, ... (`saccade list`); `"minference@0.05"` reads about that share of
+            what dense attention reads (`saccade.evaluate.budget`).
         model: a ModelShape, a model or its config.
         length: tokens of the prompts.
         bundled: the model is the reader, so that plans shipped with it are used.
 
     Raises:
-        PlanError: an unknown name, a layer with its own weights, or a method that must be fitted first.
+        PlanError: an unknown name, a layer with its own weights, a method that must be fitted first, a share that is
+            not in (0, 1] or that a method without a budget was given.
 
     Example:
         >>> plan = preset("trishape+tidal", ModelShape(8, 4, 2), 8192)
@@ -116,16 +119,20 @@ def defaults(loaded: Loaded, length: int) -> list[str]:
 def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
     """Hyperparameters of one method for a model of so many layers and prompts of about `length` tokens."""
     recent, first = max(64, length // 24), min(2, layers // 4)
+    # ten blocks of 64 at least: of 64 queries that choose together one may ask, and its block is no higher up
+    blocks = min(1.0, max(0.05, 600 / length))
     return {
         "streaming": {"sink": 64, "recent": recent},
         "trishape": {"sink": 64, "recent": max(256, length // 64)},
         # the nearest 100 offsets are read in any case; each one beyond may cost two blocks of 64
         "minference": {"columns": max(64, length // 32), "diagonals": 101 + length // 8192},
         # shares of all keys: early queries have fewer, so about twice the share is what is read of the causal half
-        "pooled": {"budget": 0.05},
+        "pooled": {"budget": blocks},
         # half of what is read comes from the estimate: 1/stride of dense
         "xattention": {"stride": 16, "block": 64, "most": 0.03},
-        "flexprefill": {"block": 64, "least": max(64, length // 32), "most": 0.05},
+        # no tighter than about the paper's least budget, 1024 tokens: where one of 64 last queries asks, the block it
+        # asks for is among the first dozen
+        "flexprefill": {"block": 64, "least": max(64, length // 32), "most": min(1.0, max(0.08, 900 / length))},
         "s2": {"local": max(2, length // 4096), "stride": 16},
         # a level of halves reads block + samples keys a row
         "hyper": {
@@ -134,20 +141,32 @@ def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
             "exact_below": max(64, length // 17),
         },
         "above": {"inner": {"method": "streaming", "args": {"sink": 64, "recent": recent}}, "length": 4096},
-        # the span that every head would have; saccade.fit.moa finds one for each
-        "moa": {"span": max(128, length // 8)},
         "hip": {"budget": max(512, length // 16), "sink": 64, "first": first},
-        "longheads": {"keys": max(256, length // 1536 * 64), "chunk": 64},
+        "infinitehip": {
+            **{"budget": max(512, length // 16), "sink": 64, "window": 128, "chunks": [64, 16], "first": first},
+            **{"keep": [max(1024, length // 8)], "strides": [8, 4], "refresh": [4, 2]},
+        },
+        # as if the model had been trained on an eighth
+        "hipextend": {
+            **{"trained": max(512, length // 8), "keys": max(320, length // 24 // 16 * 16), "sink": 32, "window": 64},
+            **{"chunks": [64, 16], "keep": [max(1024, length // 8)], "strides": [8, 4], "refresh": [4, 2]},
+            "indexed": min(3, layers // 4),
+        },
+        # choosing costs a product for each chunk, half of what is read
+        "longheads": {"keys": max(512, length // 512 * 32), "chunk": 32},
         "hard": {"budget": max(64, length // 32)},
-        "h2o": {"heavy": length // 20, "recent": length // 20},
-        # answers are read off token by token: neighbours of what the question looks at must stay
-        "snapkv": {"capacity": max(128, length // 10), "kernel": 15},
-        "oracle": {"budget": 0.05},
-        "random": {"budget": 0.05},
+        # the shares of the official code, a tenth each
+        "h2o": {"heavy": max(1, length // 10), "recent": max(1, length // 10)},
+        # an answer is read off token by token, behind what the question looked at: neighbours must stay. With 7, as
+        # published for tokens of several characters, the reader's copies of seven one-digit tokens break off
+        "snapkv": {"capacity": max(128, length // 10), "kernel": 23},
+        "oracle": {"budget": blocks},
+        "random": {"budget": blocks},
         # the paper picks in layers 2 and 13 of 32
         "tidal": {"budget": max(256, length // 64), "first": first, "correct": max(first + 1, layers * 13 // 32)},
-        # two of 32 layers dense in the paper; two products for each page of 32, beside what is read
-        "quest": {"budget": max(256, length // 24), "block_k": 32, "first": layers // 16},
+        # two of 32 layers dense in the paper; two products for each page of 16, beside what is read. Pages of 32 cost
+        # half of that and lose lists of like keys: on the reader 1 of 6 key-value answers, 5 with pages of 16
+        "quest": {"budget": max(512, length // 16), "block_k": 16, "first": layers // 16},
         # a full step costs two: it is read, and scored once more; answers of more than three tokens lie beyond the
         # paper's maximum over 7 neighbours
         "recycled": {"budget": max(256, length // 16), "stride": 50, "kernel": 15},
@@ -164,6 +183,9 @@ def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
 
 
 def _single(name: str, shape: ModelShape, length: int, bundled: bool) -> Plan:
+    method, share = split(name)
+    if share is not None:
+        return scaled(_single(method, shape, length, bundled), share, length)
     cls = find(name)
     if "layer" in cls.phases:
         raise PlanError(f"{name}: a layer with its own weights cannot be put into a pretrained model's plan")
@@ -177,10 +199,12 @@ def _single(name: str, shape: ModelShape, length: int, bundled: bool) -> Plan:
             "seer: its gate must be trained for each model: fit one with saccade.fit.seer, name its file as `weights` "
             "in a plan, and give the plan's file"
         )
-    if name in ("duo", "razor"):
+    if name in ("duo", "razor", "moa"):
+        found = "how far each head reads" if name == "moa" else "which heads it serves"
+        published = " (or read a published one with saccade.fit.published)" if name == "duo" else ""
         raise PlanError(
-            f"{name}: which heads it serves must be found for each model: make a plan with saccade.fit.{name} (or read "
-            "a published one with saccade.fit.published), save it, and give the file"
+            f"{name}: {found} must be found for each model: make a plan with saccade.fit.{name}{published}, save it, "
+            "and give the file"
         )
     args = arguments(name, shape.layers, length)
     return Plan.uniform(shape, **{phase: (name, args) for phase in PHASES if phase in build(name, args).phases})

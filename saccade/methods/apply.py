@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.core.call import Call, kv_heads
+from saccade.core.clock import Clock, lap
 from saccade.core.errors import UnsupportedError
 from saccade.core.pattern import Full, Pattern, PerHead
 from saccade.core.plan import Plan
@@ -55,6 +56,7 @@ class Seen:
     estimate: float
     methods: tuple[str, ...]
     bias: Tensor | None = None
+    o: Tensor | None = None  # the answer [B,H,N,Dv]
 
 
 def phase_of(queries: int, past: int) -> str:
@@ -71,6 +73,7 @@ def apply(
     policy: CachePolicy | None = None,
     watch: Callable[[Seen], None] | None = None,
     bias: Tensor | None = None,
+    clock: Clock | None = None,
 ) -> Tensor:
     """Attention of some heads under the methods that a plan gives them.
 
@@ -81,13 +84,14 @@ def apply(
         policy: the cache policy of these heads; it says what heads without a method see.
         watch: called with what was done, for measuring.
         bias: added to the logits of stored keys [B,G,M]: a slot that stands for n tokens has log n.
+        clock: told what each stretch of time was spent on.
 
     Returns:
         o [B,H,N,Dv].
 
     Raises:
         UnsupportedError: a bias, and a method that gives the answer itself; tokens outside of the store, and a method
-            that reads the store only.
+            that reads the store only and is to decode (a prompt that comes then is read exactly, by the policy).
     """
     H, share = call.shape.H, call.shape.H // call.shape.G
     if call.contiguous:
@@ -106,6 +110,9 @@ def apply(
         local = tuple(i for i in range(H) if heads is None or ids[i] in heads)
         if not local:
             continue
+        if away and not method.reads_far and call.shape.N > PACKED:
+            # a later prompt: heads whose tokens lie elsewhere are served exactly, by who moved them
+            continue
         left -= set(local)
         names.append(type(method).__name__)
         mine, keys, values, sub = q, k, v, call
@@ -113,6 +120,7 @@ def apply(
             kv = kv_heads(local, share)
             mine, sub = q[:, list(local)], call.take(local, kv)
             keys, values = (t if kv == tuple(range(t.shape[1])) else t[:, list(kv)] for t in (k, v))
+            lap(clock, "copy")
         if away and not method.reads_far:
             raise UnsupportedError(
                 f"{type(method).__name__} reads the store only, and {type(policy).__name__} has moved tokens of these "
@@ -120,6 +128,7 @@ def apply(
             )
         if isinstance(method, Selector) and not away:
             patterns.append((local, method.select(mine, keys, sub)))
+            lap(clock, "select")
             estimate += method.estimate(sub)
         elif bias is not None:
             raise UnsupportedError(
@@ -128,6 +137,7 @@ def apply(
             )
         else:
             answers.append((local, method.attend(mine, keys, values, sub).o))
+            lap(clock, "attend")
             # one that does not say what it costs makes the sum unknown
             estimate += method.estimate(sub) or math.nan
     if left and away and policy is not None:
@@ -135,25 +145,33 @@ def apply(
         kv = kv_heads(rest, share)
         sub = call.take(rest, kv)
         answers.append((rest, policy.attend(q[:, list(rest)], k[:, list(kv)], v[:, list(kv)], sub).o))
+        lap(clock, "attend")
         estimate += policy.estimate(sub) or math.nan
     elif left:
         patterns.append((tuple(sorted(left)), default.heads(sorted(left), call)))
     if not answers:
         pattern = patterns[0][1] if len(patterns) == 1 else PerHead(tuple(patterns))
         out = attend(q, k, v, pattern, call, key_bias=bias, lse=False).o
+        lap(clock, "attend")
         if watch is not None:
-            watch(Seen(call, q, k, v, pattern, estimate, tuple(names), bias))
+            watch(Seen(call, q, k, v, pattern, estimate, tuple(names), bias, out))
         return out
     for local, pattern in patterns:
         kv = kv_heads(local, share)
         sub = call.take(local, kv)
         part = [t[:, list(kv)] for t in (k, v)]
+        lap(clock, "copy")
         answers.append((local, attend(q[:, list(local)], *part, pattern, sub, lse=False).o))
         estimate += pattern.pairs(sub) if watch is not None else 0.0
+    if len(answers) == 1:
+        out = answers[0][1]
+    else:
+        order = torch.tensor([i for local, _ in answers for i in local], device=q.device).argsort()
+        out = torch.cat([o for _, o in answers], 1).index_select(1, order)
+    lap(clock, "attend")
     if watch is not None:
-        watch(Seen(call, q, k, v, None, estimate, tuple(names), bias))
-    order = torch.tensor([i for local, _ in answers for i in local], device=q.device).argsort()
-    return torch.cat([o for _, o in answers], 1).index_select(1, order)
+        watch(Seen(call, q, k, v, None, estimate, tuple(names), bias, out))
+    return out
 
 
 def overheard(q: Tensor, k: Tensor, call: Call, methods: Sequence[tuple[tuple[int, ...] | None, Attention]]) -> None:
@@ -163,4 +181,7 @@ def overheard(q: Tensor, k: Tensor, call: Call, methods: Sequence[tuple[tuple[in
         local = tuple(i for i in range(H) if heads is None or call.heads[i] in heads)
         if local and type(method).prompt is not Attention.prompt:
             kv = kv_heads(local, share)
-            method.prompt(q[:, list(local)], k[:, list(kv)], call.take(local, kv))
+            if len(local) == H:
+                method.prompt(q, k, call)
+            else:
+                method.prompt(q[:, list(local)], k[:, list(kv)], call.take(local, kv))

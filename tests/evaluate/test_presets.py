@@ -14,7 +14,7 @@ from saccade.evaluate.presets import note, phases, preset, read_plan, resolve
 from saccade.methods.base import Selector
 
 SHAPE = ModelShape(8, 4, 2)
-PLANNED = [name for name in METHODS if "layer" not in find(name).phases and name not in ("duo", "razor", "seer")]
+PLANNED = [name for name in METHODS if "layer" not in find(name).phases and name not in ("duo", "razor", "moa", "seer")]
 
 
 @pytest.mark.parametrize("name", PLANNED)
@@ -27,7 +27,7 @@ def test_every_method_stands_in_every_phase_it_serves(name, shape):
 
 @pytest.mark.parametrize("length", [8192, 32768])
 @pytest.mark.parametrize("name", [n for n in PLANNED if n != "dense" and "prefill" in find(n).phases])
-def test_reads_about_a_tenth(name, length):
+def test_reads_a_tenth_to_a_fifth(name, length):
     method = preset(name, ModelShape(1, 1, 1), length).phase(0, "prefill")[0].build(length)
     if name == "oracle" and length > 8192:
         pytest.skip("it forms all scores, which takes too long here")
@@ -36,7 +36,7 @@ def test_reads_about_a_tenth(name, length):
     # what gives the answer itself says what it costs
     answers = not isinstance(method, Selector)
     share = method.estimate(call) / Full().pairs(call) if answers else method.select(q, k, call).density(call)
-    assert 0.02 < share < 0.15
+    assert 0.02 < share < 0.2
 
 
 def test_layers_and_unfitted_methods_are_refused_with_the_way_out():

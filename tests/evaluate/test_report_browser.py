@@ -16,6 +16,7 @@ from saccade.evaluate.report.report import write_report
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
+PHASES = ("prefill", "decode")
 # errors while the page loads are heard only by what stands before the page's own script
 EAR = """<script>window.heard = [];
 addEventListener("error", event => heard.push(String(event.message)));
@@ -41,7 +42,10 @@ const type = text => { const box = document.getElementById("rows-filter"); box.v
 def row(method, score, ttft):
     low, high = wilson(score * 10, 10)
     found = {"method": method, "n": 10, "score": score, "low": low, "high": high, "density": 0.1, "mass": 0.9}
-    return found | {"ttft_s": ttft, "tpot_s": 0.02, "kv_bytes": 1_000_000}
+    near = {"mass_low": 0.4, "estimate": 0.02, "output_error": 0.05, "kl_answer": 0.001, "kl_other": 0.01}
+    near |= {"agree_answer": 1.0, "agree_other": 0.97, "read_bytes": 2_000_000, "peak_bytes": 9_000_000, "ceiling": 3.1}
+    near["waterfall"] = {phase: {"select": 0.1, "attend": 0.4, "copy": 0.1, "rest": 1.0} for phase in PHASES}
+    return found | near | {"ttft_s": ttft, "tpot_s": 0.02, "kv_bytes": 1_000_000}
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +111,8 @@ def test_renders_and_the_console_stays_silent(ask):
         "[...document.images].every(x => x.complete)]"
     )
     assert heard == []
-    # two runs of six rows; for each two Pareto plots, six depth maps, a map of heads and two sets of bars
-    assert found == ["What the shortcut costs: reader", 12, 2 * (2 + 6 + 1 + 2), 1200, True]
+    # two runs of six rows; for each two Pareto plots, six depth maps, a map of heads, two sets of bars, two waterfalls
+    assert found == ["What the shortcut costs: reader", 12, 2 * (2 + 6 + 1 + 2 + 2), 1200, True]
 
 
 def test_the_ear_hears(ask):

@@ -45,22 +45,25 @@ def test_a_waterfall_is_as_long_as_its_seconds(evaluation, tmp_path):
     assert "11 ms, attention 9.1%" in decode.svg()
 
 
-def test_a_budget_line_joins_the_shares_of_one_method(evaluation, tmp_path):
-    rows = [row(f"quest@{share}", score, density=share * 1.1) for share, score in ((0.2, 1.0), (0.05, 0.4), (0.1, 0.8))]
+def test_a_budget_line_joins_the_shares_of_one_method_and_dense(evaluation, tmp_path):
+    rows = [
+        row(f"quest@{share}", score, density=share * 1.25) for share, score in ((0.2, 1.0), (0.05, 0.4), (0.1, 0.8))
+    ]
     rows += [row("streaming@0.1", 0.1, density=0.11), row("minference", 1.0, density=0.1), row("odd@name", 0.5)]
+    rows += [row("dense", 0.9, density=1.0)]
     (folder,) = read_folders([evaluation(tmp_path / "a", rows)])
     (picture,) = budget_pictures(folder)
-    (line,) = [
-        shape for shape in picture.drawing.shapes if shape[0] == "line" and shape[3] == 1.6 and len(shape[1]) == 3
-    ]
-    xs, ys = zip(*line[1], strict=True)
-    assert list(xs) == sorted(xs) and list(ys) == sorted(ys, reverse=True)
-    # equal factors are equal steps
-    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1])
+    (line,) = [x[1] for x in picture.drawing.shapes if x[0] == "line" and x[3] == 1.6 and len(x[1]) == 4]
+    xs, ys = zip(*line, strict=True)
+    assert list(xs) == sorted(xs) and list(ys[:3]) == sorted(ys[:3], reverse=True)
+    # equal factors are equal steps: 0.0625, 0.125, 0.25, 1
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1]) == pytest.approx((xs[3] - xs[2]) / 2)
     hints = [shape[5] for shape in picture.drawing.shapes if shape[0] == "dot"]
-    assert "quest: 0.80 reading 11%" in hints and len(hints) == 4
+    assert "quest: 0.80 reading 12%" in hints and "quest: 0.90 reading 100%" in hints and len(hints) == 6
     assert not any("minference" in hint or "odd" in hint for hint in hints)
     assert {shape[4] for shape in picture.drawing.shapes if shape[0] == "dot"} == {"method", "control"}
+    # by hand, trapezia over the doublings: (0.6 + 0.9 + 2 * 0.95) / 4
+    assert "quest 0.85" in picture.caption
 
 
 def test_no_shares_no_line(evaluation, tmp_path):
@@ -108,3 +111,18 @@ def test_many_maps_of_heads_are_thinned(evaluation, tmp_path):
     (many,) = read_folders([evaluation(tmp_path / "many", [row("m0", 1.0)], heads=every)])
     shown = [picture.stem for picture in head_pictures(many)]
     assert len(shown) == 15 and all("needle-8192" in stem for stem in shown)
+
+
+def test_it_pays_from_where_the_times_cross(evaluation, tmp_path):
+    def at(method, length, ttft, tpot):
+        return row(method, 1.0, length=length, ttft=ttft, tpot=tpot)
+
+    rows = [at("dense", 1024, 1.0, 0.01), at("dense", 4096, 4.0, 0.02), at("dense", 16384, 32.0, 0.04)]
+    rows += [at("quest", 1024, 2.0, 0.02), at("quest", 4096, 2.0, 0.03), at("quest", 16384, 4.0, 0.05)]
+    rows += [at("duo", 1024, 0.5, 0.01), at("duo", 4096, 1.0, 0.01), at("duo", 16384, 4.0, 0.01)]
+    page = Page(write_report(tmp_path / "r.html", [evaluation(tmp_path / "a", rows)]).page)
+    quest, duo = page.tables["pays"][1:]
+    # half as fast at 1k, twice as fast at 4k: even in the middle of their logarithms
+    assert quest == ["quest", "2,048", "not up to 16,384"] and duo[:2] == ["duo", "1,024 or less"]
+    short = Page(write_report(tmp_path / "s.html", [evaluation(tmp_path / "b", rows[:1] + rows[3:4])]).page)
+    assert "pays" not in short.tables

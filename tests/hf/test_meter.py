@@ -108,3 +108,34 @@ def test_doctor_sees_padding_that_is_attended_to(model, monkeypatch):
     real = Store.append
     monkeypatch.setattr(Store, "append", lambda self, k, v, valid=None: real(self, k, v, None))
     assert any("padded rows differ" in problem for problem in doctor(model, Plan.uniform(model), length=40).problems)
+
+
+def test_low_mass_is_a_percentile_over_all_queries_heads_and_layers(model):
+    found = measure(model, Plan.uniform(model, prefill=("streaming", {"sink": 1, "recent": 4}), skip=[1]), N=90)
+    values = torch.cat([layer.mass[0].flatten() for layer in found.layers.values()]).double()
+    assert len(values) == LAYERS * HEADS * 64
+    ordered, at = values.sort().values, 0.05 * (len(values) - 1)
+    want = ordered[int(at)] + (at - int(at)) * (ordered[int(at) + 1] - ordered[int(at)])
+    assert found.kept_low("prefill") == pytest.approx(float(want))
+    assert found.kept_low("prefill") < found.kept("prefill") < 1
+    assert Meter().kept_low("prefill") is None
+
+
+def test_what_choosing_costs_is_a_part_of_density(model):
+    plan = Plan.uniform(model, prefill=("oracle", {"budget": 16, "block_q": 16, "block_k": 16}), skip=[0])
+    found = measure(model, plan)
+    assert found.estimated("prefill") == pytest.approx(0.5)
+    pairs = sum(layer.pairs for layer in found.layers.values()) / sum(layer.allowed for layer in found.layers.values())
+    assert found.density("prefill") == pytest.approx(pairs + 0.5)
+    assert found.estimated("decode") is None
+
+
+def test_mass_against_all_keys_counts_what_is_gone_and_what_is_folded():
+    # keys 3, 1, 2, 4 (as weights); the store holds the first, a folded one, and the last
+    every = torch.tensor([3.0, 1.0, 2.0, 4.0]).log().view(1, 1, 4, 1)
+    k = torch.tensor([3.0, 1.5, 4.0]).log().view(1, 1, 3, 1)
+    q = torch.ones(1, 1, 1, 1)
+    call = Call.of(q, k, scale=1.0, q_pos=torch.tensor([[3]]), k_pos=torch.tensor([[[0, 2, 3]]]))
+    bias = torch.tensor([[[0.0, 0.7, 0.0]]])
+    assert kept_mass(Seen(call, q, k, k, Full(), 0.0, (), bias), every).item() == pytest.approx(7 / 10)
+    assert kept_mass(Seen(call, q, k, k, Window(0, 1), 0.0, (), bias), every).item() == pytest.approx(4 / 10)

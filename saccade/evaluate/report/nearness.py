@@ -1,10 +1,11 @@
-"""How near a method stays to dense attention, and what it reads for that: a table of means over tasks."""
+"""How near a method stays to dense attention, what it reads for that, and from which length on it pays: tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
+from saccade.evaluate.curve import break_even_length
 from saccade.evaluate.presets import DENSE
 from saccade.evaluate.report.facts import Place, Side, faster
 from saccade.evaluate.report.folder import Folder
@@ -40,6 +41,31 @@ def nearness_table(folders: Sequence[Folder]) -> str:
     )
     table = sheet("nearness", caption, heads, cells, 2 if many else 1)
     return f"<h2>How near to dense</h2>{table}<p><small>{how}</small></p>"
+
+
+def pays_table(folders: Sequence[Folder]) -> str:
+    """From which length on a method is faster than dense; nothing where only one length was timed."""
+    many = len(folders) > 1
+    cells = []
+    for folder in folders:
+        if len(folder.lengths) < 2 or DENSE not in folder.methods:
+            continue
+        for method in folder.methods:
+            if method != DENSE and any(row["method"] == method for row in folder.rows):
+                run = [Cell(folder.name, folder.name)] if many else []
+                ends = [break_even_length(folder.rows, method, key) for key in ("ttft_s", "tpot_s")]
+                never = f"not up to {tokens(folder.lengths[-1])}"
+                marks = [Cell(never, None) if end is None else _from(end, folder.lengths[0]) for end in ends]
+                cells.append([Cell(method, method), *run, *marks])
+    if not cells:
+        return ""
+    heads = ["Method", *(["Run"] if many else []), "Prompt and first token", "Each further token"]
+    caption = "Faster than dense from how many tokens on; between measured lengths by a line through their logarithms"
+    return f"<h2>From which length on it pays</h2>{sheet('pays', caption, heads, cells, 2 if many else 1)}"
+
+
+def _from(length: int, shortest: int) -> Cell:
+    return Cell(f"{tokens(length)} or less" if length <= shortest else tokens(length), length)
 
 
 def _row(side: Side, places: Sequence[Place]) -> list[Cell]:

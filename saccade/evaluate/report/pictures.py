@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.evaluate.curve import area, budget_curve
 from saccade.evaluate.presets import CONTROLS, DENSE
 from saccade.evaluate.report.bars import Bar, bars
 from saccade.evaluate.report.budgets import Spent, budgets, parted
@@ -117,19 +118,23 @@ def stack_pictures(folder: Folder) -> Iterator[Picture]:
 
 def budget_pictures(folder: Folder) -> Iterator[Picture]:
     """Score against what was read, for methods that were run with several shares, long lengths first."""
-    spread = {name for name, share in map(parted, folder.methods) if share is not None}
+    names = list(dict.fromkeys(name for name, share in map(parted, folder.methods) if share is not None))
+    hues = {name: "control" if name in CONTROLS else HUES[at % len(HUES)] for at, name in enumerate(names)}
     for length in reversed(folder.lengths):
-        lines: dict[str, list[Spent]] = {}
-        for point in _points(folder, length, "density")[0]:
-            name, share = parted(point.name)
-            if name in spread and share is not None:
-                lines.setdefault(name, []).append(Spent(point.cost, point.score))
+        lines = {name: _spent(folder, name, length) for name in names}
+        lines = {name: points for name, points in lines.items() if points}
         if lines:
-            hues = iter(HUES * len(lines))
-            looks = {name: "control" if look_of(name) == "control" else next(hues) for name in lines}
             label = f"Score against what is read at {tokens(length)} tokens"
-            caption = f"{label}; mean over tasks."
-            yield Picture(f"{_stem(folder)}-budget-{length}", caption, _at(length), budgets(lines, looks, label))
+            areas = [(name, area(points)) for name, points in lines.items()]
+            means = ", ".join(f"{name} {value:.2f}" for name, value in areas if value is not None)
+            caption = f"{label}; mean over tasks." + (f" Mean score along the line: {means}." if means else "")
+            yield Picture(f"{_stem(folder)}-budget-{length}", caption, _at(length), budgets(lines, hues, label))
+
+
+def _spent(folder: Folder, method: str, length: int) -> list[Spent]:
+    """The budgets of a method, and dense as its end."""
+    points = budget_curve(folder.rows, method, length)
+    return [Spent(point.share if point.density is None else point.density, point.score) for point in points]
 
 
 def head_pictures(folder: Folder) -> Iterator[Picture]:

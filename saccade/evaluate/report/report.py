@@ -18,7 +18,7 @@ from saccade.evaluate.report.drawing import looks_css
 from saccade.evaluate.report.folder import ASKED, Folder, read_folders
 from saccade.evaluate.report.heat import CROSS, DASH
 from saccade.evaluate.report.ideas import idea
-from saccade.evaluate.report.nearness import nearness_table
+from saccade.evaluate.report.nearness import nearness_table, pays_table
 from saccade.evaluate.report.pictures import (
     Picture,
     bar_pictures,
@@ -140,8 +140,8 @@ def _page(
                 ("How long it takes", "Medians of cells, averaged over tasks; x: times as fast as dense.", "grid"),
                 (
                     "Where the time goes",
-                    "A run of its own with a clock in it, a little slower than the times above. Copying: keys and values "
-                    "stored, gathered or moved; the rest: projections, feed-forward, and what Python adds.",
+                    "A run of its own with a clock in it, a little slower than the times above. Copying: keys and "
+                    "values stored, gathered or moved; the rest: projections, feed-forward, what Python adds.",
                     "grid",
                 ),
             ),
@@ -163,6 +163,7 @@ def _page(
         heads=heads,
         time=time,
         parts=parts,
+        pays=pays_table(folders),
         nearness=nearness_table(folders),
         table=rows_table(folders),
         positions=positions_tables(folders),
