@@ -32,6 +32,7 @@ step() {
 step attend-density 60 attend --length "$middle" --density 0.03,0.1,0.25,0.5
 step attend-long 80 attend --length "$long" --density 0.1 --slash
 step e2e 120 e2e --length "$long" --density 0.1 --layers "${LAYERS:-32}"
+step e2e-decode 120 e2e --length "$long" --layers "${LAYERS:-32}" --methods dense,duo,tidal,quest,hip,recycled
 step decode 45 decode --length "$long" --density 0.0625
 step select 45 select --length "$long" --density 0.1
 if [ -z "${AT_ONCE:-}" ] && "$python" -c "import fla" 2> /dev/null; then timeout 75 "$python" "$here/warm_fla.py" >&2; fi

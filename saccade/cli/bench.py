@@ -47,6 +47,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=positive, default=32, help="e2e: layers of the model (32)")
     parser.add_argument("--prefill", default="pooled", help="e2e: pooled or minference (pooled)")
     parser.add_argument("--decode", default="tidal", help="e2e: a decode method (tidal)")
+    parser.add_argument(
+        "--methods",
+        metavar="NAME,...",
+        help="e2e: time decoding alone, with each of these (dense, duo, quest@0.05, ...)",
+    )
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's own choice)")
 
 
@@ -149,6 +154,11 @@ def _e2e(
         raise UnsupportedError("bench e2e: a model of this size needs a GPU; use --device cuda")
     from saccade.evaluate.bench_e2e import Shape, e2e_rows
 
+    if args.methods:
+        from saccade.evaluate.bench_tokens import token_rows
+
+        names = [name.strip() for name in args.methods.split(",") if name.strip()]
+        return token_rows(length, names, dtype, device, shape=Shape(layers=args.layers), done=done)
     shape, methods = Shape(layers=args.layers), {"prefill": args.prefill, "decode": args.decode}
     return e2e_rows(length, density, dtype, device, args.repeat, shape=shape, done=done, **methods)
 

@@ -24,6 +24,22 @@ class Shape(NamedTuple):
     M: int
 
 
+class Filled(NamedTuple):
+    """How full a store is whose size stands still, in a step that may be captured: slot = position, up to `length`.
+
+    Args:
+        length: tokens stored, those of this call included: int64 [1] on the device. The call's M is all the room, and
+            what lies between holds nothing yet.
+        least: no step's `length` is smaller, from the start of these steps to their end.
+        at: position of this call's token as the host counts it. A captured step is replayed at other positions, so
+            it may decide only what a method's "turn" says of the position (see `saccade.cache.fixed`).
+    """
+
+    length: Tensor
+    least: int
+    at: int
+
+
 @dataclass(frozen=True)
 class Call:
     """Everything about one attention call that is not q, k or v.
@@ -45,6 +61,7 @@ class Call:
         memory: this layer's state from call to call; lives as long as the cache. Tensors in it are batch-first.
         step: state shared by all layers of one forward; a new dict in each forward.
         rng: generator for methods that draw; None = torch's default.
+        filled: how full a store is whose size stands still (positions are given, too); None = M tokens are stored.
 
     Example:
         >>> q, k = torch.zeros(1, 4, 2, 8), torch.zeros(1, 2, 5, 8)
@@ -64,6 +81,7 @@ class Call:
     memory: dict[str, Any] = field(default_factory=dict)
     step: dict[str, Any] = field(default_factory=dict)
     rng: torch.Generator | None = None
+    filled: Filled | None = None
 
     def __post_init__(self) -> None:
         if not self.heads:

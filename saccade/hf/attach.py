@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -14,15 +15,18 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from saccade.cache import cap
 from saccade.cache.fixed import Fixed
 from saccade.cache.store import Store, call_for
 from saccade.core.call import Call
+from saccade.core.clock import Clock, lap
 from saccade.core.errors import InputError, PlanError, UnsupportedError
 from saccade.core.plan import Plan
 from saccade.hf.cache import SaccadeCache, StoreLayer
 from saccade.hf.rope import rope_of
 from saccade.hf.steps import Steps
 from saccade.methods.apply import Roles, Seen, apply, overheard, phase_of
+from saccade.methods.policy.offload import Offload, check_room
 
 NAME = "saccade"
 _sessions: weakref.WeakKeyDictionary[torch.nn.Module, Session] = weakref.WeakKeyDictionary()
@@ -34,16 +38,21 @@ class Session:
     Attributes:
         plan: the plan.
         calls: attention calls served per layer since the start.
+        ways: how calls were served, counted by (way, layer): "store" (our cache), "steps" (our cache, fixed shapes),
+            "other cache", "no cache", "own mask" (a mask of the caller's: dense, by sdpa).
         watch: None, or a callable that is given every `Seen` (what was looked at, where): for measuring.
+        clock: None, or what is told where the time goes (`saccade.evaluate.waterfall`); not for captured steps.
         rng: generator for methods that draw, on the model's device; None = each method's own fixed seed.
     """
 
     def __init__(self, model: torch.nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan
         self.watch: Callable[[Seen], None] | None = None
+        self.clock: Clock | None = None
         self.rng: torch.Generator | None = None
         self.modules = _attention_modules(model)
         self.calls = dict.fromkeys(self.modules, 0)
+        self.ways: Counter[tuple[str, int]] = Counter()
         self._ropes = {at: rope_of(model, module, _text_config(model), at) for at, module in self.modules.items()}
         # the cache transformers would build knows best which layers are more than plain causal attention
         own = DynamicCache(config=_text_config(model)).layers
@@ -62,13 +71,25 @@ class Session:
         """A new, empty cache that follows the plan's policies: pass it to `generate(past_key_values=...)`.
 
         Args:
-            length: tokens expected; only plans with length rules in their cache phase look at it.
+            length: tokens expected; plans with length rules in their cache phase look at it, and policies that keep
+                tokens elsewhere ask for the space.
+
+        Raises:
+            SpaceError: no space for so many tokens.
         """
         stores = {}
+        # one budget on the device for what all layers keep elsewhere
+        shared = {cap.KEY: cap.Cap()}
+        elsewhere: list[tuple[Offload, int]] = []
+        size = torch.empty((), dtype=getattr(self.model, "dtype", None)).element_size()
         for layer in self.modules:
             if self.serves(layer):
                 roles = Roles.of(self.plan, layer, length) if self._ruled[layer] else self._roles[layer]
-                stores[layer] = Store(roles.cache, self.plan.model.kv_heads)
+                stores[layer] = Store(roles.cache, self.plan.model.kv_heads, shared)
+                width = 2 * getattr(self.modules[layer], "head_dim", 0) * size
+                kept = [(heads, policy) for heads, policy in roles.cache if isinstance(policy, Offload)]
+                elsewhere += [(policy, policy.need(length, len(heads), width)) for heads, policy in kept]
+        check_room(elsewhere)
         return SaccadeCache(_text_config(self.model), stores)
 
     def steps(self, cache: SaccadeCache, room: int, graph: bool | None = None) -> Steps:
@@ -121,6 +142,34 @@ class Session:
         whole = [m for roles in self._roles for _, m in (*roles.prefill, *roles.decode) if m.whole_store]
         if whole and any(roles.cache for roles in self._roles):
             raise PlanError(f"{type(whole[0]).__name__} needs every token in the cache, but the plan also evicts")
+        share = self.plan.model.heads // self.plan.model.kv_heads
+        for layer in self.served():
+            gone = {
+                h * share + i
+                for heads, p in self._roles[layer].cache
+                if not p.lossless
+                for h in heads
+                for i in range(share)
+            }
+            for heads, method in self._roles[layer].decode:
+                lost = gone & set(_ids(heads, self.plan))
+                if method.unbroken and lost:
+                    raise PlanError(
+                        f"{type(method).__name__} needs every token of its heads in the cache, but in layer {layer} "
+                        f"the plan evicts tokens of heads {sorted(lost)}; give these another method, or none"
+                    )
+        for layer in self.served():
+            for heads, method in (*self._roles[layer].prefill, *self._roles[layer].decode):
+                source = method.source(layer)
+                if source is None:
+                    continue
+                there = [ids for ids, other in self._roles[source].decode if type(other) is type(method)]
+                if not self.serves(source) or not any(_ids(heads, self.plan) == _ids(ids, self.plan) for ids in there):
+                    why = "has it not for the same heads" if self.serves(source) else "keeps its own attention"
+                    raise PlanError(
+                        f"{type(method).__name__}: layer {layer} reads what layer {source} picks, but layer {source} "
+                        f"{why}; this model's layers that a plan can serve are {self.served()}"
+                    )
 
     def _start(self) -> None:
         AttentionInterface.register(NAME, _attention)
@@ -156,15 +205,19 @@ class Session:
         own = cache.layers[layer] if cache is not None and layer < len(cache.layers) else None
         valid = None if mask is None else mask[:, 0, 0, :].bool()
         self.calls[layer] += 1
+        lap(self.clock, "rest")
         if isinstance(own, StoreLayer) and own.fixed is not None:
             own.waiting = False
+            self.ways["steps", layer] += 1
             return self._with_fixed(layer, own.fixed, q, k, v, x, scale)
         if isinstance(own, StoreLayer):
+            self.ways["store", layer] += 1
             return self._with_store(layer, own, q, k, v, valid, x, scale)
         if self._roles[layer].cache:
             raise InputError(
                 "this plan has cache policies: pass past_key_values=session.cache() to generate() or to the model"
             )
+        self.ways["no cache" if cache is None else "other cache", layer] += 1
         M = k.shape[2] if cache is None else min(k.shape[2], cache.get_seq_length(layer) or k.shape[2])
         memories = {} if cache is None else self._memory.setdefault(cache, {})
         memory = memories.setdefault(layer, {})
@@ -183,7 +236,10 @@ class Session:
     ) -> Tensor:
         N, past = q.shape[2], own.store.total
         valid = None if valid is None else valid[:, -N:]
+        if self.clock is not None:
+            own.store.settle(self.clock)
         store = own.take(k, v, valid)
+        lap(self.clock, "copy")
         whole = valid is None or bool(valid.all())
         phase = phase_of(N, past)
         methods = self._methods(layer, phase, max(store.seen))
@@ -205,15 +261,17 @@ class Session:
                 all_heads = len(heads) == q.shape[1]
                 q_part = mine if all_heads else mine[:, list(heads)]
                 call = call_for(q_part, view, store.seen[rows.start], heads, **fields)
-                o = apply(q_part, view.k, view.v, call, methods, view.policy, self.watch, view.bias)
+                o = apply(q_part, view.k, view.v, call, methods, view.policy, self.watch, view.bias, self.clock)
                 if phase == "prefill":
                     overheard(q_part, view.k, call, self._methods(layer, "decode", max(store.seen)))
+                    lap(self.clock, "select")
                 if all_heads and whole and rows.stop - rows.start == len(out):
                     out = o
                 else:
                     where = torch.arange(N, device=q.device)[real]
                     out[rows][:, torch.tensor(heads, device=q.device)[:, None], where] = o
-        store.asked(asked, now=phase == "prefill")
+                    lap(self.clock, "attend")
+        store.asked(asked, phase == "prefill", self.clock)
         return out
 
     def _with_fixed(
@@ -221,6 +279,7 @@ class Session:
     ) -> Tensor:
         """One token in a captured step: nothing here may wait for the device or look at its numbers."""
         fixed.append(k, v)
+        lap(self.clock, "copy")
         fixed.asked = q
         share = q.shape[1] // k.shape[1]
         methods = self._methods(layer, "decode", fixed.seen)
@@ -229,8 +288,9 @@ class Session:
         for stretch, ids in zip(fixed.stretches, fixed.ids, strict=True):
             heads = tuple(h * share + i for h in stretch.heads for i in range(share))
             mine = q if len(fixed.ids) == 1 else packed.index_select(1, ids).flatten(1, 2)
-            call = Call.of(mine, stretch.k, heads=heads, q_pos=fixed.q_pos, k_pos=stretch.pos, **fields)
-            o = apply(mine, stretch.k, stretch.v, call, methods, stretch.policy, self.watch, stretch.bias)
+            where = dict(q_pos=fixed.q_pos, k_pos=stretch.pos, filled=fixed.filled(stretch))
+            call = Call.of(mine, stretch.k, heads=heads, **where, **fields)
+            o = apply(mine, stretch.k, stretch.v, call, methods, stretch.policy, self.watch, stretch.bias, self.clock)
             outs.append(o.unflatten(1, (-1, share)))
         if len(outs) == 1:
             return outs[0].flatten(1, 2)
@@ -257,20 +317,23 @@ class Session:
             call = Call.of(q, k, x=x, **fields)
             if phase == "prefill":
                 overheard(q, k, call, later)
-            return apply(q, k, v, call, methods, None, self.watch)
+                lap(self.clock, "select")
+            return apply(q, k, v, call, methods, None, self.watch, None, self.clock)
         outs = []
         for row in range(B):
             keys, real = valid[row], valid[row, M - N :]
             out = q.new_zeros((1, q.shape[1], N, v.shape[3]))
             if bool(real.any()):
                 part = [t[row : row + 1][:, :, keys] for t in (k, v)]
+                lap(self.clock, "copy")
                 mine = q[row : row + 1][:, :, real]
                 state = dict(memory=memory.setdefault(row, {}), step=self._steps.setdefault(row, {}))
                 here = None if x is None else x[row : row + 1][:, real]
                 call = Call.of(mine, part[0], x=here, **self._fields(layer, scale), **state)
                 if phase == "prefill":
                     overheard(mine, part[0], call, later)
-                out[:, :, real] = apply(mine, *part, call, methods, None, self.watch)
+                    lap(self.clock, "select")
+                out[:, :, real] = apply(mine, *part, call, methods, None, self.watch, None, self.clock)
             outs.append(out)
         return torch.cat(outs)
 
@@ -281,6 +344,10 @@ class Session:
     def _methods(self, layer: int, phase: str, length: int) -> Any:
         roles = Roles.of(self.plan, layer, length) if self._ruled[layer] else self._roles[layer]
         return roles.prefill if phase == "prefill" else roles.decode
+
+
+def _ids(heads: tuple[int, ...] | None, plan: Plan) -> tuple[int, ...]:
+    return tuple(range(plan.model.heads)) if heads is None else tuple(sorted(heads))
 
 
 def attach(model: torch.nn.Module, plan: Plan) -> Session:
@@ -329,6 +396,8 @@ def _attention(
     # ours is [B,1,1,M] of booleans; a caller's own mask may have one row too, and numbers to add
     custom = attention_mask is not None and (attention_mask.shape[-2] > 1 or attention_mask.dtype != torch.bool)
     if not session.serves(module.layer_idx) or (custom and not isinstance(_own(session, module), StoreLayer)):
+        if custom and session.serves(module.layer_idx):
+            session.ways["own mask", module.layer_idx] += 1
         dense: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return dense(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if custom:

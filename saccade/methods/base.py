@@ -59,6 +59,7 @@ class Method:
             instance may say so by its arguments.
         full_steps: now and then a query reads everything, beside others of its call that keep to the budget.
         whole_store: needs every token of every layer in the store (no eviction beside it).
+        unbroken: in decoding, needs every token of its own heads in the store.
         reads_far: reads what a policy has moved out of the store, too (see `CachePolicy.away`).
         trained: needs trained weights.
         weights_for: the model that an instance's trained weights are for; None = any.
@@ -73,6 +74,7 @@ class Method:
     separate: bool = True
     full_steps: ClassVar[bool] = False
     whole_store: ClassVar[bool] = False
+    unbroken: ClassVar[bool] = False
     reads_far: ClassVar[bool] = False
     trained: ClassVar[bool] = False
     weights_for: Weights | None = None
@@ -92,6 +94,10 @@ class Attention(Method):
         For a selector that is the selection. A method without a pattern counts all it does; 0 = it does not say.
         """
         return 0.0
+
+    def source(self, layer: int) -> int | None:
+        """The layer whose choice this layer reads, which then must have the same method for the same heads; or None."""
+        return None
 
     def prompt(self, q: Tensor, k: Tensor, call: Call) -> None:
         """Called with a prompt's queries and keys after its attention, where this method is to decode: to learn."""
@@ -229,6 +235,23 @@ def check_ints(method: Any, **least: int) -> None:
             raise InputError(f"{type(method).__name__}: {name} must be an int >= {low}, got {value!r}")
 
 
+def check_sizes(name: str, **sizes: Any) -> None:
+    """Sizes of a layer that are whole numbers of at least 1: `check_sizes("Layer", width=width, heads=heads)`."""
+    for label, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name}: {label} must be an int >= 1, got {value!r}")
+
+
 def budget_tokens(budget: int | float, length: int) -> int:
     """A budget in tokens, at least 1 and at most the length."""
     return max(1, min(length, round(budget * length) if isinstance(budget, float) else budget))
+
+
+def budget_now(budget: float, length: Tensor) -> Tensor:
+    """`budget_tokens` of a share, for a length that only the device knows: the same numbers, int64.
+
+    Example:
+        >>> budget_now(0.1, torch.tensor([45, 5, 4])).tolist(), [budget_tokens(0.1, n) for n in (45, 5, 4)]
+        ([4, 1, 1], [4, 1, 1])
+    """
+    return (length.double() * budget).round().long().clamp(min=1)

@@ -214,7 +214,8 @@ def processors(device: torch.device) -> int:
 def _reach(sink: int, recent: int, call: Call) -> int:
     """Slots that a window can make a unit look at, from shapes alone."""
     M, size = call.shape.M, sink + recent
-    return 0 if size == 0 else min(M, size + call.shape.N) if call.contiguous else M
+    straight = call.contiguous or call.filled is not None
+    return 0 if size == 0 else min(M, size + call.shape.N) if straight else M
 
 
 def _largest(windows: Sequence[Leaf], sizes: Sequence[int | Tensor], H: int) -> Tensor | tuple[int, ...]:

@@ -84,8 +84,8 @@ def _decode(
     step_q, step_k, step_v, step_scale, step_bias, step_pos,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, WINDOW: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr, BIAS: tl.constexpr, POS: tl.constexpr, AT: tl.constexpr, K_INT: tl.constexpr,
-    V_INT: tl.constexpr, TABLE: tl.constexpr,
+    CAUSAL: tl.constexpr, BIAS: tl.constexpr, POS: tl.constexpr, FILLED: tl.constexpr, AT: tl.constexpr,
+    K_INT: tl.constexpr, V_INT: tl.constexpr, TABLE: tl.constexpr,
     PARTIAL: tl.constexpr, LSE: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One part of one unit's keys.
@@ -97,6 +97,7 @@ def _decode(
         HEADS, QUERIES: without TABLE, query heads and queries (0: all) of a unit.
         BLOCK: slots of a block in each list.
         WINDOW, FULL: is there a window, and has it no end.
+        FILLED: slots are positions, and those behind the newest query's hold nothing yet.
         K_INT, V_INT: keys, values are integers, to be multiplied by a scale for each slot.
         EARLY: this was launched before the kernel before it was done, and so may the next be.
     """
@@ -141,6 +142,9 @@ def _decode(
         if POS:
             pos_base += b * step_pos[1] + g * step_pos[2]
             pos = tl.load(q_pos + b * step_pos[0] + n, mask=real, other=-1).to(tl.int32)
+        elif FILLED:
+            pos = tl.load(q_pos + b * step_pos[0] + n, mask=real, other=-1).to(tl.int32)
+            M = tl.minimum(M, tl.max(pos, 0) + 1)
         else:
             pos = tl.where(real, M - N + n, -1)
     bias_row = bias
@@ -292,6 +296,7 @@ class Given(NamedTuple):
     by_address: bool = False
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    filled: bool = False
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: Call, bias: Tensor | None) -> str | None:
@@ -321,7 +326,8 @@ def given_by(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Given:
     if call.q_pos is None or call.k_pos is None:
         return Given(k, v, q, q, q, steps(k), steps(v), (0, 0, 0), call.shape.M)
     q_pos, k_pos = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.q_pos, call.k_pos))
-    return Given(k, v, q_pos, k_pos, q, steps(k), steps(v), (steps(q_pos)[0], *steps(k_pos)[:2]), call.shape.M, True)
+    pos_step, filled = (steps(q_pos)[0], *steps(k_pos)[:2]), call.filled is not None
+    return Given(k, v, q_pos, k_pos, q, steps(k), steps(v), pos_step, call.shape.M, not filled, filled=filled)
 
 
 def run(launch: Launch, q: Tensor, given: Given, bias: Tensor | None, call: Call, Dv: int, lse: bool) -> Out:
@@ -359,7 +365,7 @@ def run(launch: Launch, q: Tensor, given: Given, bias: Tensor | None, call: Call
         D=D, DV=Dv, BD=power(D), BDV=BDV, R=R, T=tile.keys, HEADS=launch.heads, QUERIES=launch.queries,
         WINDOW=launch.window, FULL=table is None and launch.recent == EVERYTHING,
         BLOCK=tuple(one.block for one in launch.lists), CAUSAL=call.causal, BIAS=bias is not None, POS=given.holes,
-        AT=given.by_address, K_INT=given.k_scale is not None, V_INT=given.v_scale is not None,
+        FILLED=given.filled, AT=given.by_address, K_INT=given.k_scale is not None, V_INT=given.v_scale is not None,
         TABLE=table is not None, PARTIAL=partial, LSE=lse, STAGES=tile.stages, EARLY=early,
         num_warps=tile.warps, **options,
     )  # fmt: skip

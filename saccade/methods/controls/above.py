@@ -66,7 +66,7 @@ class Above(Selector):
                 f"Above: {self.inner['method']} gives the answer itself; only a method that says where fits"
             )
         # what is true of the inner method is true here; below the length all is exact
-        for name in ("phases", "strictly_causal", "exact", "chunked", "whole_store"):
+        for name in ("phases", "strictly_causal", "exact", "chunked", "whole_store", "unbroken"):
             object.__setattr__(self, name, getattr(inner, name))
 
     @property
@@ -75,10 +75,18 @@ class Above(Selector):
         return build(self.inner["method"], self.inner.get("args", {}))
 
     def select(self, q: Tensor, k: Tensor, call: Call) -> Pattern:
-        if self._length(q) > call.shape.M:
+        length = self._length(q)
+        if call.filled is not None:
+            # in steps of a fixed shape the host knows the position, not the shape
+            call.memory.setdefault(f"above {call.heads}", {})["turn"] = lambda at: at + 1 >= length
+        if length > (call.shape.M if call.filled is None else call.filled.at + 1):
             return Full()
         pattern: Pattern = self.method.select(q, k, call)
         return pattern
+
+    def source(self, layer: int) -> int | None:
+        found: int | None = self.method.source(layer)
+        return found
 
     def estimate(self, call: Call) -> float:
         # the device is not known here; a call that was dense made no estimate worth counting against the method

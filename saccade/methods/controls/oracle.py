@@ -40,6 +40,7 @@ class Oracle(Scorer):
         [[[[1]]]]
     """
 
+    unbroken = True
     phases = ("prefill", "decode")
     strictly_causal = False  # the rows of a query block choose together
     chunked = "query blocks start at the chunk's first query, so other rows choose together"

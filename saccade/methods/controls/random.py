@@ -37,6 +37,7 @@ class Random(Scorer):
         [0, 1, 2, 3]
     """
 
+    unbroken = True
     phases = ("prefill", "decode")
     chunked = "every call draws anew"
 

@@ -60,6 +60,7 @@ class Recycled(Selector):
 
     phases = ("decode",)
     full_steps = True
+    unbroken = True
     paper = "RefreshKV (Recycled Attention), ACL 2025, arXiv 2411.05787"
 
     budget: int | float = 2048
@@ -75,7 +76,7 @@ class Recycled(Selector):
         check_ints(self, stride=1, kernel=1)
         if self.kernel % 2 == 0:
             raise InputError(f"Recycled: kernel must be odd, so that no slot is shifted, got {self.kernel}")
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)) or self.threshold < -1:
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)) or not self.threshold >= -1:
             raise InputError(
                 f"Recycled: threshold must be a cosine >= -1, or above 1 for always, got {self.threshold!r}"
             )
@@ -83,6 +84,8 @@ class Recycled(Selector):
         object.__setattr__(self, "separate", not self.together and (self.threshold > 1 or self.threshold == -1))
 
     def select(self, q: Tensor, k: Tensor, call: Call) -> Pattern:
+        if call.filled is not None and call.causal:
+            return self._standing(q[:, :, 0], k, call)
         if not (call.contiguous and call.causal):
             raise UnsupportedError(
                 "Recycled: needs causal attention and a store without holes or padding; run such rows one by one"
@@ -101,7 +104,7 @@ class Recycled(Selector):
                 if bool(due.any()):
                     held[at] = self._refreshed(q[:, :, row], k[:, :, : at + 1], due, newest, call)
             whole[:, row] = due
-            lines.append(None if bool(due.all()) else _read(newest, at))
+            lines.append(None if newest is None or bool(due.all()) else _read(newest, at))
         return _joined(lines, whole, M)
 
     def estimate(self, call: Call) -> float:
@@ -109,6 +112,70 @@ class Recycled(Selector):
         B, H = call.shape[:2]
         held = call.memory.get(_key(call), {}).get("picks", {})
         return float(sum(H * (at + 1) * int((p["at"] == at).sum()) for at, p in held.items() if at >= call.offset))
+
+    def _standing(self, q: Tensor, k: Tensor, call: Call) -> Pattern:
+        """The same for one query [B,H,D] over a store whose size stands still: the host knows when a look is due."""
+        filled = call.filled
+        assert filled is not None
+        mine: dict[str, Any] = call.memory.setdefault(_key(call), {"slots": 0, "picks": {}})
+        if mine["slots"] < call.shape.M:
+            self._stand(mine, q, call)
+        turn, now, at = mine["turn"](filled.at), mine["now"], filled.length - 1
+        if turn == "whole":
+            return Full()
+        if turn == "between":
+            return Tokens(_read(now, at)[:, :, None])
+        index = self._best(q, k, now["index"].shape[2], call)
+        new = {"at": at.expand(len(q)), "index": index, "q": _mean(q)}
+        if self.threshold > 1:
+            _keep(now, new)
+            return Full()
+        # what held before this step, also when the step was rehearsed
+        old = _where(now["at"] < at, now, mine["old"])
+        cosine = torch.nn.functional.cosine_similarity(new["q"], old["q"], dim=-1)
+        due = (old["at"] < 0) | ((cosine < self.threshold) & (self.threshold != -1))
+        _keep(mine["old"], old)
+        _keep(now, _where(due, new, old))
+        line = _read(old, at).masked_fill(due[:, None, None], -1)
+        every = torch.arange(-(-call.shape.M // WHOLE), dtype=torch.int32, device=q.device)
+        rows = due[:, None, None, None]
+        # no row has both; blocks first, because what is left of single tokens beside them is found faster
+        return Union((Blocks(torch.where(rows, every, -1), 1, WHOLE), Tokens(line[:, :, None])))
+
+    def _stand(self, mine: dict[str, Any], q: Tensor, call: Call) -> None:
+        """Get the memory ready for such steps: tensors that stay where they are, and when a look is due."""
+        assert call.filled is not None
+        start = call.filled.at
+        before = [at for at in mine["picks"] if at < start] if mine["slots"] >= start else []
+        pick = mine["picks"][max(before)] if before else None
+        first = start
+        if pick is not None:
+            # rows may have found theirs at different looks, a whole number of strides apart
+            first = int(pick["at"].max())
+        else:
+            while first + 1 <= max(2, budget_tokens(self.budget, first + 1)):
+                first += 1
+        B, H, G = call.shape[:3]
+        if pick is None:
+            count = max(2, budget_tokens(self.budget, first + 1)) - 1
+            index = torch.zeros(B, G if self.together else H, count, dtype=torch.int32, device=q.device)
+            pick = {"at": torch.full((B,), -1), "index": index, "q": torch.zeros_like(_mean(q))}
+        now = {name: t.to(q.device, copy=True) for name, t in pick.items()}
+        mine.update(slots=call.shape.M, now=now, old={name: t.clone() for name, t in now.items()})
+
+        def turn(at: int) -> str:
+            if at < first:
+                return "whole"
+            looks = self.threshold != -1 or at == first
+            return "look" if looks and (at - first) % self.stride == 0 else "between"
+
+        def close() -> None:
+            kept, _ = mine.pop("now"), mine.pop("old")
+            kept["at"] = kept["at"].cpu()
+            if int(kept["at"].max()) >= 0:
+                mine["picks"] = {int(kept["at"].max()): kept}
+
+        mine.update(turn=turn, close=close)
 
     def _held(self, call: Call) -> dict[int, dict[str, Tensor]]:
         """What earlier full steps found, by the position of the query: the newest one that still holds."""
@@ -151,9 +218,14 @@ class Recycled(Selector):
         """The `count` slots with the largest smoothed probability, largest first, ties by slot: int32 [B,H|G,count]."""
         B, G, M, D = k.shape
         scores = (q.detach().reshape(B, G, -1, D) @ k.detach().transpose(-1, -2)) * call.softmax_scale(D)
+        later = None
+        if call.filled is not None:
+            later = torch.arange(M, device=q.device) >= call.filled.length
+            scores = scores.masked_fill(later, float("-inf"))
         probs = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32))
         probs = probs.amax(2) if self.together else probs.flatten(1, 2)
         smooth = torch.nn.functional.max_pool1d(probs, self.kernel, stride=1, padding=self.kernel // 2)
+        smooth = smooth if later is None else smooth.masked_fill(later, -1.0)
         return torch.sort(smooth, dim=-1, descending=True, stable=True).indices[..., :count].int()
 
 
@@ -171,16 +243,31 @@ def _on(due: Tensor, k: Tensor) -> Tensor:
     return due.to(k.device, non_blocking=True)
 
 
-def _read(pick: dict[str, Tensor], at: int) -> Tensor:
+def _read(pick: dict[str, Tensor], at: int | Tensor) -> Tensor:
     """What a partial step at a position reads: the best of the pick and all tokens since, int32 [B,h,count + 1]."""
     index = pick["index"]
     count = index.shape[2]
-    ages = (at - pick["at"]).tolist()
     place = torch.arange(count + 1, device=index.device, dtype=torch.int32)
-    keep: Any = count + 1 - ages[0]
-    if len(set(ages)) > 1:
-        keep = _on(torch.tensor([count + 1 - age for age in ages]), index)[:, None, None]
-    return torch.where(place < keep, torch.nn.functional.pad(index, (0, 1)), place + (at - count))
+    keep: Any
+    if isinstance(at, Tensor):
+        keep = (count + 1 - at + pick["at"])[:, None, None]
+    else:
+        ages = (at - pick["at"]).tolist()
+        keep = count + 1 - ages[0]
+        if len(set(ages)) > 1:
+            keep = _on(torch.tensor([count + 1 - age for age in ages]), index)[:, None, None]
+    return torch.where(place < keep, torch.nn.functional.pad(index, (0, 1)), (place + (at - count)).int())
+
+
+def _where(rows: Tensor, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of two picks the first for some rows of the batch [B], the second for the others."""
+    return {name: torch.where(rows.view(-1, *[1] * (t.ndim - 1)), t, b[name]) for name, t in a.items()}
+
+
+def _keep(held: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    """Write a pick where a captured step reads it."""
+    for name, t in held.items():
+        t.copy_(new[name])
 
 
 def _joined(lines: list[Tensor | None], whole: Tensor, length: int) -> Pattern:

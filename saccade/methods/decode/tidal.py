@@ -11,7 +11,7 @@ from saccade.core.call import Call
 from saccade.core.errors import InputError
 from saccade.core.pattern import Full, Pattern, Tokens, per_head
 from saccade.kernels.topk import top_tokens
-from saccade.methods.base import Selector, budget_tokens, check_budget
+from saccade.methods.base import Selector, budget_now, budget_tokens, check_budget
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TidalDecode(Selector):
         if call.layer in (self.first, self.correct):
             picks[call.heads] = call.layer, self._pick(q, k, budget, call)
             return Full()
-        source = self.correct if call.layer > self.correct else self.first
+        source = self.source(call.layer)
         layer, pick = picks.get(call.heads, (None, None))
         if pick is None or layer != source:
             seen = "none was made" if layer is None else f"the newest is layer {layer}'s"
@@ -81,6 +81,11 @@ class TidalDecode(Selector):
             )
         return pick
 
+    def source(self, layer: int) -> int | None:
+        if layer <= self.first or layer == self.correct:
+            return None
+        return self.correct if layer > self.correct else self.first
+
     def estimate(self, call: Call) -> float:
         B, H, _, N, M = call.shape
         dense = budget_tokens(self.budget, M) == M
@@ -89,10 +94,22 @@ class TidalDecode(Selector):
     def _pick(self, q: Tensor, k: Tensor, budget: int, call: Call) -> Tokens:
         """The largest keys of each query; its own takes the smallest one's place if it is not among them."""
         index = top_tokens(q, k, budget, call).index
-        if not self.keep_newest:
-            return Tokens(index)
+        rank = torch.arange(budget, device=q.device)
+        last: int | Tensor = budget - 1
+        if call.filled is not None and isinstance(self.budget, float):
+            # a share of what is stored now, which only the device knows, not of all the room
+            last = budget_now(self.budget, call.filled.length) - 1
+            index = index.masked_fill(rank > last, -1)
+        if self.keep_newest:
+            own = self._own(call, q).int().expand(*index.shape[:3])[..., None]
+            found = (index == own).any(-1, keepdim=True)
+            index = torch.where((rank == last) & ~found, own, index)
+        return Tokens(index)
+
+    @staticmethod
+    def _own(call: Call, q: Tensor) -> Tensor:
+        """The slots of the queries' own tokens [1|B,1|H,N]."""
+        if call.filled is not None:
+            return (call.filled.length - 1)[None, None]
         q_pos, k_pos = call.positions(q.device)
-        own = (per_head(k_pos, call)[:, :, None, :] == q_pos[:, None, :, None]).int().argmax(-1)
-        own = own.int().expand(*index.shape[:3])
-        found = (index == own[..., None]).any(-1)
-        return Tokens(torch.cat((index[..., :-1], torch.where(found, index[..., -1], own)[..., None]), -1))
+        return (per_head(k_pos, call)[:, :, None, :] == q_pos[:, None, :, None]).int().argmax(-1)

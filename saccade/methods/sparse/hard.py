@@ -12,7 +12,7 @@ from saccade.core.call import Call
 from saccade.core.errors import InputError, UnsupportedError
 from saccade.core.pattern import Pattern, Tokens
 from saccade.kernels.topk import top_tokens
-from saccade.methods.base import Selector, budget_tokens, check_budget
+from saccade.methods.base import Selector, budget_now, budget_tokens, check_budget
 
 TILE = 1 << 22  # scores held at a time
 
@@ -45,6 +45,7 @@ class HardAttention(Selector):
     """
 
     phases = ("prefill", "decode")
+    unbroken = True
     paper = "AxFormer, IJCNN 2022, arXiv 2010.03688"
 
     budget: int | float = 64
@@ -58,6 +59,8 @@ class HardAttention(Selector):
             raise InputError(f"HardAttention: candidates must be an int >= 1 or None, got {self.candidates!r}")
 
     def select(self, q: Tensor, k: Tensor, call: Call) -> Pattern:
+        if call.filled is not None and call.causal and self.candidates is None:
+            return self._standing(q.detach(), k.detach(), call)
         if not (call.contiguous and call.causal):
             raise UnsupportedError(
                 "HardAttention: needs causal attention and a store without holes or padding; run such rows one by one"
@@ -74,6 +77,16 @@ class HardAttention(Selector):
             index = self._best(q[:, :, a:b], k[:, :, :seen], count, part)
             lines.append(pad(index, (0, count - index.shape[3]), value=-1))
         return Tokens(torch.cat(lines, 2))
+
+    def _standing(self, q: Tensor, k: Tensor, call: Call) -> Pattern:
+        """One query over a store whose size stands still: slots still to come are not among the best."""
+        assert call.filled is not None
+        index = top_tokens(q, k, budget_tokens(self.budget, call.shape.M), call).index
+        if isinstance(self.budget, float):
+            # a share of what is stored now, not of all the room; the best come first
+            now = budget_now(self.budget, call.filled.length)
+            index = index.masked_fill(torch.arange(index.shape[3], device=q.device) >= now, -1)
+        return Tokens(_ascending(index))
 
     def estimate(self, call: Call) -> float:
         B, H, _, N, M = call.shape

@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saccade.core.call import Call
+from saccade.core.call import Call, Filled
 from saccade.core.errors import InputError, UnsupportedError
 from saccade.core.pattern import Blocks, Full
 from saccade.kernels import summaries as summaries_module
 from saccade.methods.apply import apply
+from saccade.methods.decode import quest as quest_module
 from saccade.methods.decode.quest import Quest
 from saccade.testing import instances
 from saccade.testing.inputs import run, stream
@@ -254,3 +255,24 @@ def test_a_decoded_sequence_reads_what_single_calls_read():
     together = run(method, sequence, [40, 16, 4])
     single = run(method, sequence, [40, *[1] * 20])
     torch.testing.assert_close(together, single)
+
+
+@pytest.mark.parametrize("budget", [24, 0.3])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_over_a_store_that_stands_still_it_chooses_what_it_would_choose(budget, kernels, monkeypatch):
+    if kernels:
+        pytest.importorskip("triton", reason="the kernels need Triton, which has no wheel for this platform")
+        monkeypatch.setattr(quest_module, "on_gpu", lambda *tensors, width: True)
+    tensors = [t.float() for t in drawn(1, 4, 2, 70, 70)]
+    method, memory, start, M = Quest(budget=budget, block_k=5, first=0), {}, 41, 64
+    room = tensors[1][:, :, :M].clone()
+    room[:, :, start:] = 0.0
+    for length in range(start + 1, M + 1):
+        q, k, _, call = at(*tensors, length)
+        want = set(method.select(q, k, call).index[0, 3, 0].tolist())
+        room[:, :, length - 1] = tensors[1][:, :, length - 1]
+        now = torch.tensor([length])
+        fields = dict(q_pos=(now - 1)[None], k_pos=torch.arange(M)[None, None], memory=memory)
+        fields["filled"] = Filled(now, start + 1, length - 1)
+        found = method.select(q, room, Call.of(q, room, **fields)).index[0, 3, 0].tolist()
+        assert set(found) - {-1} == want and len(set(found) - {-1}) + found.count(-1) == len(found)
