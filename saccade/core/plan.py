@@ -60,6 +60,11 @@ class Assign:
     args: dict[str, Any] = field(default_factory=dict)
     phase: str = "prefill"
 
+    def __post_init__(self) -> None:
+        # as JSON gives it back
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.args.items()}
+        object.__setattr__(self, "args", plain)
+
     def build(self, length: int = 0) -> Any:
         """The method itself, its length rules worked out for this many tokens."""
         args = {key: _rule(self.method, key, value, length) for key, value in self.args.items()}

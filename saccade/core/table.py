@@ -23,6 +23,8 @@ METHODS: dict[str, str] = {
     "xattention": "saccade.methods.select.xattention:XAttention",
     "flexprefill": "saccade.methods.select.flexprefill:FlexPrefill",
     "hip": "saccade.methods.select.hip:HiP",
+    "infinitehip": "saccade.methods.select.infinitehip:InfiniteHiP",
+    "hipextend": "saccade.methods.select.hipextend:HiPExtend",
     "longheads": "saccade.methods.select.longheads:LongHeads",
     "tidal": "saccade.methods.decode.tidal:TidalDecode",
     "quest": "saccade.methods.decode.quest:Quest",

@@ -53,6 +53,28 @@ _INSTANCES: dict[str, tuple[str, dict[str, Any]]] = {
         "hip",
         {"budget": 60, "sink": 3, "window": 10, "block_q": 16, "block_k": 4, "stride": 3, "refresh": 3, "first": 1},
     ),
+    "infinitehip": (
+        "infinitehip",
+        {
+            **{"budget": 62, "sink": 6, "window": 10, "chunks": [16, 8, 4], "keep": [96, 64], "strides": [4, 2, 1]},
+            **{"refresh": [6, 3, 2], "block_q": 16, "first": 1},
+        },
+    ),
+    "hipextend": (
+        "hipextend",
+        {
+            **{
+                "trained": 90,
+                "keys": 80,
+                "sink": 6,
+                "window": 10,
+                "chunks": [16, 4],
+                "keep": [64],
+                "strides": [4, 2],
+            },
+            **{"refresh": [6, 3], "block_q": 16, "indexed": 1},
+        },
+    ),
     "longheads": ("longheads", {"keys": 40, "chunk": 8, "begin": 24, "block_q": 12}),
     "tidal": ("tidal", {"budget": 24, "first": 0, "correct": 2}),
     "tidal-free": ("tidal", {"budget": 24, "first": 1, "correct": 9, "keep_newest": False}),

@@ -11,6 +11,7 @@ from saccade.core.pattern import Blocks, Full, Window
 from saccade.core.table import build
 from saccade.kernels import tree
 from saccade.kernels.tree import tree_search
+from saccade.kernels.tree_step import tree_step
 from saccade.methods.select import hip
 from saccade.methods.select.hip import HiP
 from saccade.testing import Feed, stream
@@ -84,9 +85,7 @@ def test_reads_first_and_near_tokens_and_never_beyond_the_query_block(N, M):
 
 def test_a_search_is_used_until_the_next_multiple_of_refresh(monkeypatch):
     made = []
-    monkeypatch.setattr(
-        hip, "tree_search", lambda rows, k, *rest: made.append(k.shape[2]) or tree_search(rows, k, *rest)
-    )
+    monkeypatch.setattr(hip, "tree_step", lambda q, k, *rest: made.append(k.shape[2]) or tree_step(q, k, *rest))
     method = HiP(budget=60, sink=3, window=9, block_k=4, refresh=4, first=0)
     sequence, feed = stream(220, layers=1), Feed(method, layers=1)
     feed(sequence.part(0, 190))
@@ -99,14 +98,50 @@ def test_a_search_is_used_until_the_next_multiple_of_refresh(monkeypatch):
     assert [m - 1 for m in made] == [190, 192, 196, 200]
 
 
-def smooth(seed, N=4096, D=32, walk=0.05):
+@pytest.mark.parametrize("drafted", [1, 2, 15])
+def test_tokens_that_were_taken_back_leave_no_trace(drafted):
+    method = HiP(budget=60, sink=3, window=9, block_k=4, refresh=4, first=0)
+    sequence, draft = stream(210), stream(210, seed=1)
+    feed, want = Feed(method), Feed(method)
+    for each in (feed, want):
+        # a search is made at 180 and at 184, none is due at 185
+        each(sequence.part(0, 180))
+        each(sequence.part(180, 185))
+    feed(draft.part(185, 185 + drafted))
+    feed.crop(drafted)
+    torch.testing.assert_close(feed(sequence.part(185, 187)), want(sequence.part(185, 187)))
+
+
+def test_a_step_of_period_one_searches_as_a_prompt_of_single_rows():
+    method = HiP(budget=60, sink=3, window=9, block_q=1, block_k=4, refresh=1, first=0)
+    q, k, memory = torch.randn(1, 2, 20, 8), torch.randn(1, 1, 220, 8), {}
+    whole = method.select(q, k, Call.of(q, k)).parts[1].index
+    for i in range(20):
+        mine, keys = q[:, :, i, None], k[:, :, : 201 + i]
+        got = method.select(mine, keys, Call.of(mine, keys, memory=memory)).parts[1].index
+        assert torch.equal(got[:, :, 0], whole[:, :, i])
+
+
+@pytest.mark.parametrize(("N", "stride"), [(96, 32), (70, 32), (64, 100), (70, 5)])
+def test_the_last_row_of_a_query_block_is_asked(N, stride):
+    method = HiP(budget=80, sink=5, window=20, block_q=32, block_k=4, stride=stride, refresh=1, first=0)
+    q, k = torch.randn(1, 1, N, 8), torch.randn(1, 1, 300, 8)
+    index = method.select(q, k, Call.of(q, k)).parts[1].index[0, 0]
+    for i in range(-(-N // 32)):
+        rows = [min(r, N - 1) for r in range(i * 32 + 31 % stride, i * 32 + 32, stride)]
+        assert rows[-1] == min(i * 32 + 31, N - 1)
+        last = 300 - N + min((i + 1) * 32, N)
+        want = search(q[0, 0, rows], k[0, 0], 1, -(-(last - 20) // 4), 13, 4)
+        assert index[i][index[i] >= 0].tolist() == want
+
+
+def smooth(seed, N=8192, D=64, walk=0.05):
     """Keys along a slow random walk on a sphere: neighbours are alike. Queries look for a place on it."""
     rng = torch.Generator().manual_seed(seed)
     k = torch.randn(1, 1, D, generator=rng) + walk * torch.randn(1, N, D, generator=rng).cumsum(1)
     k = k / k.norm(dim=-1, keepdim=True) * D**0.5
-    at = torch.randint(0, N - 600, (16,), generator=rng)
-    q = k[:, at] * 3
-    return q[None], k[None], at
+    at = torch.randint(0, N - 1200, (16,), generator=rng)
+    return (k[:, at] * 2)[None], k[None]
 
 
 def kept_mass(index, q, k, block):
@@ -117,22 +152,24 @@ def kept_mass(index, q, k, block):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_finds_most_of_the_mass_where_neighbours_are_alike_and_little_where_they_are_not(seed):
-    kept, block = 16, 8
-    q, k, _ = smooth(seed)
-    stop = torch.full((16,), 512)
+    """8192 keys of width 64, 512 of them kept: against the best blocks, blocks by lot, and a window of as many keys."""
+    kept, block, count = 64, 8, 1024
+    q, k = smooth(seed)
+    stop = torch.full((16,), count)
     found = tree_search(q[:, :, :, None], k, 0, stop, kept, block)[0, 0]
     rng = torch.Generator().manual_seed(seed)
-    chance = torch.stack([torch.randperm(512, generator=rng)[:kept] for _ in range(16)])
-    window = torch.arange(512 - kept, 512).expand(16, -1)
-    best = kept_mass(
-        torch.softmax(q[0, 0] @ k[0, 0].T / 32**0.5, -1).view(16, 512, 8).sum(-1).topk(kept).indices, q, k, block
-    )
+    chance = torch.stack([torch.randperm(count, generator=rng)[:kept] for _ in range(16)])
+    window = torch.arange(count - kept, count).expand(16, -1)
+    weights = torch.softmax(q[0, 0] @ k[0, 0].T / 8, -1)
+    best = kept_mass(weights.view(16, count, block).sum(-1).topk(kept).indices, q, k, block)
     ours = kept_mass(found, q, k, block)
-    assert ours > 0.6 * best and ours > 5 * kept_mass(chance, q, k, block) and ours > 5 * kept_mass(window, q, k, block)
-    # the assumption: the same keys in no order
-    mixed = k[:, :, torch.randperm(4096, generator=rng)]
-    found = tree_search(q[:, :, :, None], mixed, 0, stop, kept, block)[0, 0]
-    assert kept_mass(found, q, mixed, block) < 0.5 * ours
+    assert ours > 0.6 * best and ours > 4 * kept_mass(chance, q, k, block) and ours > 4 * kept_mass(window, q, k, block)
+    # the assumption: white noise, keys that are alike to nothing near them
+    noise = torch.randn(1, 1, 8192, 64, generator=rng)
+    asked = 0.5 * torch.randn(1, 1, 16, 64, generator=rng)
+    found = tree_search(asked[:, :, :, None], noise, 0, stop, kept, block)[0, 0]
+    assert kept_mass(found, asked, noise, block) < 0.5 * ours
+    assert kept_mass(found, asked, noise, block) < 1.5 * kept_mass(chance, asked, noise, block)
 
 
 def test_early_layers_and_small_contexts_are_dense():
