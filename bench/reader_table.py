@@ -1,100 +1,358 @@
-"""Write docs/results/reader.md from an evaluation folder: `python bench/reader_table.py [DIR]`.
+"""Write docs/results/reader.md from evaluations: `python bench/reader_table.py DIR [DIR...] [--times DIR...]`.
 
-The folder is made by `saccade eval --out DIR`; the default is the committed one. What is said of a method that fails is
-written here by hand and printed only while it fails.
+A folder is what `saccade eval --out DIR` leaves; without one, the committed run at 4096 tokens. Where two folders have
+the same cell the later one counts. With `--times`, the times come from those folders alone: a run that shared its
+machine has scores and bytes to give, but no times. What is said of a method that falls short stands in
+bench/reader_why.md; it was measured, and is printed only while the method falls short.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from saccade.core.table import METHODS, family
+from saccade.core.table import METHODS, find
 
 ROOT = Path(__file__).resolve().parent.parent
-WHY = {
-    "streaming": "control: the fact lies outside the window",
-    "random": "control: a lookup hangs on one block",
-    "oracle": "control: the best blocks for 64 queries together, of which one asks",
-    "pooled": "means of 64 keys hide a single fact",
-    "xattention": "blocks to a share of the mass, capped a row; the fact's block has little mass for most queries",
-    "flexprefill": "as xattention, and half of its heads read columns by block mass",
-    "hyper": "sampled keys stand for the rest; a fact that no bucket holds is a matter of luck",
-    "s2": "not training-free: a static pattern that the model must have been trained with",
-    "hip": "neighbouring keys are not alike in the reader's last layer: a range's first block says little of the rest",
-    "longheads": "chunk keys are means of attention inside a chunk; the reader's lookups are by single tokens",
-    "actqkv": "means of rotated keys blur; budgets by entropy starve the layer that looks up",
-    "moa": "one span for all heads; rules of saccade.fit.moa were not fitted here",
-    "snapkv": "an answer of several tokens reaches beyond the neighbours of what the question looked at",
-    "h2o": "weight summed over all queries forgets what only the question needs",
-}
+COMMITTED = ROOT / "bench" / "results" / "reader-cpu-4k"
+OUT = ROOT / "docs" / "results" / "reader.md"
+WHY = ROOT / "bench" / "reader_why.md"
+DENSE = "dense"
+CONTROLS = ("dense", "oracle", "random", "streaming")
+TITLES = {"needle": "needle", "niah-multikey": "multi-key", "kv": "key-value", "multi-turn": "multi-turn"}
+NEAR, CHEAP = 0.02, 0.2  # what counts as like dense, and as cheap
+KINDS = ("control", "prefill", "decode", "prefill, decode", "cache")
+
+Row = dict[str, Any]
 
 
-def main() -> None:
-    """Read, sort by score, write."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "bench" / "results" / "reader-cpu-4k"
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    about = json.loads((folder / "conditions.jsonl").read_text().splitlines()[-1])
-    out = ROOT / "docs" / "results" / "reader.md"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(page(rows, about), encoding="utf-8")
-    print(out)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read, compare with dense, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR")
+    parser.add_argument("--times", nargs="+", type=Path, default=None, metavar="DIR", help="times from these alone")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args(argv)
+    folders = args.folders or [COMMITTED]
+    rows, failed = collect(folders, args.times)
+    command = " ".join(["python bench/reader_table.py", *map(_shown, args.folders)])
+    if args.times:
+        command += " --times " + " ".join(map(_shown, args.times))
+    said = [(folder, conditions(folder)) for folder in dict.fromkeys([*folders, *(args.times or [])])]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(page(rows, failed, said, command, known_reasons(WHY)), encoding="utf-8")
+    print(args.out)
 
 
-def page(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """The page as Markdown."""
-    dense = next(row for row in rows if row["method"] == "dense")
-    head = [
-        "method",
-        "kind",
-        "exact",
-        "95 %",
-        "reads",
-        "mass",
-        "first token",
-        "a token",
-        "key-value bytes",
-        "probable reason",
-    ]
-    asked = f"Task `{dense['task']}`, {dense['length']} tokens, {dense['n']} questions, presets of each method."
-    lines = ["# Every method on the bundled reader", "", f"{asked} {about['machine']}, {about['software']}."]
-    lines += [
-        f"`{about['command']}`, then `python bench/reader_table.py`. A first look: one length, few questions; the"
-    ]
-    lines += ["reasons are what is supposed, not what was proved.", ""]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in sorted(rows, key=lambda r: -(r["score"] or 0)):
-        lines.append("| " + " | ".join(cells(row, dense)) + " |")
-    lines += [
+def collect(folders: Iterable[Path], times: Iterable[Path] | None = None) -> tuple[list[Row], list[Row]]:
+    """Finished rows with their times as ratios to dense in the same folder, and the cells that failed."""
+    found: dict[tuple[str, str, int], Row] = {}
+    for folder in folders:
+        found |= {_cell(row): row for row in _timed(read(folder))}
+    if times is not None:
+        clocks: dict[tuple[str, str, int], Row] = {}
+        for folder in times:
+            clocks |= {_cell(row): row for row in _timed(read(folder)) if row.get("score") is not None}
+        # methods that were not timed have no times, whatever the other folders say
+        names = ("ttft_s", "tpot_s", "first", "step")
+        found = {cell: row | {name: clocks.get(cell, {}).get(name) for name in names} for cell, row in found.items()}
+    good = [row for row in found.values() if row.get("score") is not None and not row.get("error")]
+    return good, [row for row in found.values() if row.get("score") is None or row.get("error")]
+
+
+def read(folder: Path) -> list[Row]:
+    """The rows of a folder; a line that was cut off by a crash is left out."""
+    rows = {}
+    lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    for at, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if at < len(lines) - 1:
+                raise SystemExit(f"{folder / 'rows.jsonl'}: line {at + 1} is not a row of an evaluation") from None
+            continue
+        rows[_cell(row)] = row
+    return list(rows.values())
+
+
+def conditions(folder: Path) -> Row:
+    """Machine, software and command of the folder's last run, as far as they are written down."""
+    path = folder / "conditions.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return dict(json.loads(lines[-1])) if lines else {}
+
+
+def known_reasons(path: Path) -> dict[str, str]:
+    """Lines `- name: reason` and rows `| name | reason |`; several names are parted by commas."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("- "):
+            names, _, reason = line[2:].partition(": ")
+        elif line.startswith("| "):
+            names, _, reason = line.strip("| ").partition(" | ")
+        else:
+            continue
+        found |= {name.strip(" `"): reason.strip().rstrip(".") for name in names.split(",") if reason}
+    return found
+
+
+def phases(method: str) -> tuple[str, ...]:
+    """The phases that a preset serves; none for a plan file."""
+    parts = [part.strip().partition("@")[0] for part in method.split("+")]
+    served = {phase for part in parts if part in METHODS for phase in find(part).phases}  # type: ignore[attr-defined]
+    return tuple(phase for phase in ("prefill", "decode", "cache") if phase in served)
+
+
+def kind(method: str) -> str:
+    """What the table calls it."""
+    return "control" if method in CONTROLS else ", ".join(phases(method)) or "plan"
+
+
+def cost(rows: Sequence[Row], dense: Sequence[Row], method: str) -> float | None:
+    """The dearest of what a method saves on, as a share of dense: pairs scored, bytes read, bytes held."""
+    found = []
+    served = phases(method)
+    if "prefill" in served:
+        found.append(mean(rows, "density"))
+    if "decode" in served:
+        read_share = share(rows, dense, "read_bytes")
+        # a plan for decoding alone has its density there
+        found.append(mean(rows, "density") if read_share is None and "prefill" not in served else read_share)
+    if "cache" in served:
+        found += [share(rows, dense, "kv_bytes"), share(rows, dense, "read_bytes")]
+    known = [value for value in found if value is not None]
+    return max(known) if known else None
+
+
+def mean(rows: Iterable[Row], name: str) -> float | None:
+    """Mean over rows that know it."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return fmean(values) if values else None
+
+
+def share(rows: Sequence[Row], dense: Sequence[Row], name: str) -> float | None:
+    """Mean over tasks of a number as a share of what dense has there."""
+    whole = {row["task"]: row.get(name) for row in dense}
+    pairs = [(row.get(name), whole.get(row["task"])) for row in rows]
+    values = [a / b for a, b in pairs if a is not None and b]
+    return fmean(values) if values else None
+
+
+def like_dense(rows: Sequence[Row], dense: Sequence[Row]) -> bool:
+    """No task of dense is missing, and none is more than 2 points below it."""
+    mine = {row["task"]: row["score"] for row in rows}
+    return all(mine.get(row["task"], -1.0) >= row["score"] - NEAR - 1e-9 for row in dense)
+
+
+def page(
+    rows: Sequence[Row], failed: Sequence[Row], said: Sequence[tuple[Path, Row]], command: str, why: dict[str, str]
+) -> str:
+    """The page as Markdown: summaries, a table for each length, reasons, conditions."""
+    lengths = sorted({row["length"] for row in rows})
+    plain = [row for row in rows if "@" not in row["method"]]
+    tasks = _tasks(plain)
+    parts = ["# Every method on the bundled reader", "", "## In short", ""]
+    for length in lengths:
+        parts += summary(_by_method(plain, length), length)
+    fewest = min((row["n"] for row in plain if row.get("n")), default=0)
+    parts += [
+        f"Like dense: no more than {NEAR * 100:.0f} points below dense attention in any task ({', '.join(tasks)}). "
+        + (f"With {fewest} samples a task one sample is {100 / fewest:.1f} points. " if fewest else "")
+        + "The cost in brackets is the share of query-key pairs that a prefill scores, choosing included; the share of "
+        "the cache's bytes that a decoding step reads; the share of its bytes that are held: where several count, "
+        "the dearest. Where bytes read were not measured, the density of decoding stands for them.",
         "",
-        "`reads` counts what selection itself scores, `mass` is the attention weight on what was read (not known",
     ]
-    lines += [
-        "where there is no pattern). Times are ratios to stock transformers in the same run; at this length little can"
-    ]
-    lines += ["be saved."]
-    return "\n".join([*lines, ""])
+    for length in lengths:
+        parts += table(_by_method(plain, length), length, tasks)
+    parts += reasons(plain, lengths, why)
+    parts += curves([row for row in rows if "@" in row["method"]])
+    if failed:
+        parts += ["## Cells without a score", ""]
+        parts += [f"- `{r['method']}`, {r['task']}, {r['length']}: {r.get('error') or 'no score'}" for r in failed]
+        parts += [""]
+    parts += ["## Conditions", ""]
+    for folder, about in said:
+        known = [about[name] for name in ("model", "machine", "software") if about.get(name)]
+        parts += [f"- `{_shown(folder)}`: {'; '.join(known) or 'not written down'}."]
+        parts += [f"  `{about['command']}`"] if about.get("command") else []
+    return "\n".join([*parts, "", f"This page: `{command}`.", ""])
 
 
-def cells(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
-    """One row of the table."""
-    share = ["-" if row[name] is None else f"{row[name]:.2f}" for name in ("density", "mass")]
-    times = [f"{dense[name] / row[name]:.2f}x" for name in ("ttft_s", "tpot_s")]
-    kind = family(row["method"]) if row["method"] in METHODS else "plan"
-    fails = WHY.get(row["method"], "") if row["score"] < dense["score"] else ""
-    held = f"{row['kv_bytes'] / dense['kv_bytes']:.0%}"
-    return [
-        f"`{row['method']}`",
-        kind,
-        f"{row['score']:.2f}",
-        f"{row['low']:.2f}-{row['high']:.2f}",
-        *share,
-        *times,
-        held,
-        fails,
+def summary(found: dict[str, list[Row]], length: int) -> list[str]:
+    """Who is like dense at a fifth of its cost, by what it saves on."""
+    if DENSE not in found:
+        return [f"At {length} tokens dense attention was not measured.", ""]
+    dense = found[DENSE]
+    groups: dict[str, list[tuple[float, str]]] = {"prefill": [], "decode or cache": []}
+    dearer, unlike = [], []
+    for method, rows in found.items():
+        served, price = phases(method), cost(rows, dense, method)
+        if method in CONTROLS or not served or price is None:
+            continue
+        if not like_dense(rows, dense):
+            unlike.append((price, method))
+        elif price > CHEAP:
+            dearer.append((price, method))
+        else:
+            # what is sparse in prefill stands there, whatever else it does
+            groups["prefill" if "prefill" in served else "decode or cache"].append((price, method))
+    lines = [f"**{length} tokens.** Like dense at {CHEAP:.2f} of its cost or less:", ""]
+    for name, members in groups.items():
+        lines.append(f"- {name}, {len(members)}: {_priced(members)}")
+    lines += [f"- like dense, but dearer, {len(dearer)}: {_priced(dearer)}"]
+    lines += [f"- not like dense, {len(unlike)}: {_priced(unlike)}", ""]
+    return lines
+
+
+def table(found: dict[str, list[Row]], length: int, tasks: Sequence[str]) -> list[str]:
+    """One row per method; columns that nobody knows are left out."""
+    dense = found.get(DENSE, [])
+    columns = ["method", "kind", *(TITLES.get(task, task) for task in tasks), "density", "choosing", "mass", "5 %"]
+    columns += ["held", "read", "first token", "a token"]
+    lines = []
+    order = sorted(found, key=lambda m: (_rank(m), -(mean(found[m], "score") or 0.0), m))
+    for method in order:
+        rows = {row["task"]: row for row in found[method]}
+        cells = [f"`{method}`", kind(method)]
+        cells += [_score(rows.get(task)) for task in tasks]
+        cells += [_number(mean(rows.values(), name)) for name in ("density", "estimate", "mass", "mass_low")]
+        cells += [_percent(share(found[method], dense, name)) for name in ("kv_bytes", "read_bytes")]
+        cells += [_ratio(mean(rows.values(), name)) for name in ("first", "step")]
+        lines.append(cells)
+    known = [at for at in range(len(columns)) if any(cells[at] != "-" for cells in lines)]
+    text = [f"## {length} tokens", ""]
+    text += ["| " + " | ".join(columns[at] for at in known) + " |", "|" + "---|" * len(known)]
+    text += ["| " + " | ".join(cells[at] for at in known) + " |" for cells in lines]
+    text += [
+        "",
+        "Scores are shares of answers that are right to the last character, `multi-turn` the share of three questions "
+        "over one cache. The rest are means over the tasks: `density` the share of pairs that are scored, `choosing` "
+        "the part of it that finds what to read, `mass` the attention weight on what is read and `5 %` its 5th "
+        "percentile over queries, `held` and `read` the bytes of the cache and those that a generated token reads, "
+        f"against dense. Times are against dense in the same run{_absolute(dense)}; above 1x is faster. A dash: not "
+        "known.",
+        "",
     ]
+    return text
+
+
+def reasons(rows: Sequence[Row], lengths: Sequence[int], known: dict[str, str]) -> list[str]:
+    """What is known of the methods that fall short somewhere."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        where: dict[str, list[str]] = {}
+        for length in lengths:
+            found = _by_method(rows, length)
+            mine = {row["task"]: row["score"] for row in found.get(method, [])}
+            for row in found.get(DENSE, []):
+                if row["task"] in mine and mine[row["task"]] < row["score"] - NEAR - 1e-9:
+                    where.setdefault(TITLES.get(row["task"], row["task"]), []).append(str(length))
+        if where:
+            places = ", ".join(f"{task} ({', '.join(at)})" for task, at in where.items())
+            parts = [part for part in method.split("+") if part in known]
+            why = known.get(method) or "; ".join(f"`{part}`: {known[part]}" for part in parts)
+            lines.append(f"- `{method}`, {places}: {why or 'no reason was measured'}.")
+    if not lines:
+        return []
+    head = "Measured at 4096 tokens, on a CPU in float32, unless it says otherwise."
+    return ["## Why some fall short", "", head, "", *lines, ""]
+
+
+def curves(rows: Sequence[Row]) -> list[str]:
+    """Presets whose budget was set: mean score over tasks by share, one row per method and length."""
+    if not rows:
+        return []
+    shares = sorted({float(row["method"].split("@")[1]) for row in rows})
+    lines = ["## Budgets", "", "Mean score over the tasks where a method may read so much of dense.", ""]
+    lines += ["| method | tokens | " + " | ".join(f"{s:g}" for s in shares) + " |", "|" + "---|" * (2 + len(shares))]
+    for name in dict.fromkeys(row["method"].split("@")[0] for row in rows):
+        for length in sorted({row["length"] for row in rows}):
+            mine = [row for row in rows if row["method"].split("@")[0] == name and row["length"] == length]
+            by_share = {s: [row for row in mine if float(row["method"].split("@")[1]) == s] for s in shares}
+            if mine:
+                cells = [_number(mean(by_share[s], "score")) for s in shares]
+                lines.append(f"| `{name}` | {length} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _timed(rows: list[Row]) -> list[Row]:
+    """Rows with `first` and `step`: how much faster than dense, for the same task and length in the same folder."""
+    dense = {(row["task"], row["length"]): row for row in rows if row["method"] == DENSE}
+    out = []
+    for row in rows:
+        base = dense.get((row["task"], row["length"]), {})
+        ratios = {}
+        for name, key in (("first", "ttft_s"), ("step", "tpot_s")):
+            a, b = base.get(key), row.get(key)
+            ratios[name] = a / b if a is not None and b else None
+        out.append(row | ratios)
+    return out
+
+
+def _cell(row: Row) -> tuple[str, str, int]:
+    return row["method"], row["task"], row["length"]
+
+
+def _by_method(rows: Iterable[Row], length: int) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["length"] == length:
+            found.setdefault(row["method"], []).append(row)
+    return found
+
+
+def _tasks(rows: Sequence[Row]) -> list[str]:
+    there = list(dict.fromkeys(row["task"] for row in rows))
+    return [task for task in TITLES if task in there] + [task for task in there if task not in TITLES]
+
+
+def _rank(method: str) -> int:
+    name = kind(method)
+    return KINDS.index(name) if name in KINDS else len(KINDS)
+
+
+def _priced(members: Sequence[tuple[float, str]]) -> str:
+    return ", ".join(f"`{name}` ({price:.2f})" for price, name in sorted(members)) or "none"
+
+
+def _score(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    unit = f" {row['unit']}" if row.get("unit") else ""
+    return f"{row['score']:.2f}{unit}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    # a method that reads a thousandth reads something
+    return "-" if value is None else f"{value:.1%}" if 0 < value < 0.01 else f"{value:.0%}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _absolute(dense: Sequence[Row]) -> str:
+    """What dense took, for whoever wants seconds and bytes."""
+    first, step, held = mean(dense, "ttft_s"), mean(dense, "tpot_s"), mean(dense, "kv_bytes")
+    parts = [] if first is None else [f"{first:.3g} s to the first token"]
+    parts += [] if step is None else [f"{step * 1000:.3g} ms a token"]
+    parts += [] if held is None else [f"{held / 1e6:.0f} MB held"]
+    return f" (dense: {', '.join(parts)})" if parts else ""
+
+
+def _shown(path: Path) -> str:
+    """A path as it is typed in the repository."""
+    full = path.resolve()
+    return full.relative_to(ROOT).as_posix() if full.is_relative_to(ROOT) else path.name
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from saccade.core.plan import Assign, ModelShape, Plan
 
 NAME = "saccade_influence"
 BLOCK = 64
+ROUNDS = 200  # of prices, in `choose`
+PACES = (2, 10, 50)  # after so many rounds a price's step is a third smaller
 
 
 class Rule(NamedTuple):
@@ -146,13 +148,15 @@ def choose(
         density: the mean of all heads' spans, as a share, is no larger at any length.
         lengths: lengths beyond the profiled ones at which the density counts too.
 
-    Departs from the paper: it solves a 0/1 program with several objectives; here each head takes the rule that is best
-        at one common price per share of density, and the price is found by bisection. A layer may have any number of
-        rules.
+    Departs from the paper: it solves a 0/1 program with several objectives; here a share of the keys has a price at
+        each length, every head takes the rule that is best at these prices, and prices rise where the density is
+        exceeded and fall where there is room. A layer may have any number of rules.
 
     Raises:
-        InputError: no rule is cheap enough.
+        InputError: a density that is no share, or no rule is cheap enough.
     """
+    if not 0.0 < density <= 1.0:
+        raise InputError(f"choose: density must be in (0, 1], got {density}")
     held = sorted({*profiles, *lengths})
     # a length's loss counts as a share of what the cheapest rule loses there: lengths are alike
     losses = torch.zeros(len(rules), *next(iter(profiles.values())).shape[:2], dtype=torch.float64)
@@ -160,22 +164,45 @@ def choose(
         at = torch.stack([lost(blocks.double(), rule, length) for rule in rules])
         losses += at / at.sum((1, 2)).max().clamp_min(1e-30)
     cost = torch.tensor([[rule.share(length) for length in held] for rule in rules], dtype=torch.float64)
-    dear = cost.amax(1)
+    flat, at = losses.flatten(1), torch.arange(losses[0].numel())
+    # of rules that lose as little, the longer one: what a head needs at lengths without a profile is not known
+    flat = flat - 1e-6 * cost.mean(1, keepdim=True) * flat.amax(0)
+    best: tuple[float, Tensor] | None = None
 
-    def at(price: float) -> Tensor:
-        return (losses + price * dear[:, None, None]).argmin(0)
+    def excess(prices: Tensor) -> Tensor:
+        """What each length has too much at these prices, as a share; the best choice that fits is kept in mind."""
+        nonlocal best
+        chosen = (flat + (cost @ prices)[:, None]).argmin(0)
+        over = cost[chosen].mean(0) / density - 1.0
+        total = float(flat[chosen, at].sum())
+        if bool((over <= 1e-9).all()) and (best is None or total < best[0]):
+            best = total, chosen
+        return over
 
-    def fits(chosen: Tensor) -> bool:
-        return bool((cost[chosen.flatten()].mean(0) <= density + 1e-9).all())
-
-    low, high = 0.0, 1e6
-    if not fits(at(high)):
-        raise InputError(f"choose: no rule keeps the density at {density}; the cheapest has {float(dear.min()):.3f}")
+    for pace in PACES:
+        prices = torch.full((len(held),), 1e-4, dtype=torch.float64)
+        for step in range(ROUNDS):
+            over = excess(prices)
+            # steps grow small so that prices settle
+            prices = (prices * (1.0 + over.clamp(-1, 1) / (2.0 + step / pace)) + (over > 0) * 1e-4).clamp_min(1e-9)
+    low, high = 1e-12, 1e12
     for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (low, middle) if fits(at(middle)) else (middle, high)
-    chosen = at(0.0) if fits(at(0.0)) else at(high)
-    return [[rules[i] for i in row] for row in chosen.tolist()]
+        # equal prices, as low as fits: where the others settled just outside
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if bool((excess(torch.full_like(prices, middle)) <= 1e-9).all()) else (middle, high)
+    if best is None:
+        cheapest = float(cost.amax(1).min())
+        raise InputError(f"choose: no rule keeps the density at {density}; the cheapest has {cheapest:.3f}")
+    chosen = best[1].clone()
+    while True:
+        # room that prices leave: the change of one head's rule that gains most and still fits
+        spent = cost[chosen].sum(0)
+        fits = (spent - cost[chosen][None] + cost[:, None] <= density * len(at) * (1 + 1e-9)).all(2)
+        gain = ((flat[chosen, at] - flat) * fits).flatten()
+        if float(gain.max()) <= 1e-12:
+            break
+        chosen[int(gain.argmax()) % len(at)] = int(gain.argmax()) // len(at)
+    return [[rules[i] for i in row] for row in chosen.view(losses.shape[1:]).tolist()]
 
 
 def by_key_head(blocks: Tensor, kv_heads: int) -> Tensor:

@@ -101,3 +101,38 @@ def test_the_plan_attaches_and_frees(model):
         held = [sorted(g.lengths[0] for g in layer.store.groups) for layer in cache.layers]
     # half of 400 in whole blocks of 64 is 256
     assert held == [[128 + 16, 400], [256 + 16]]
+
+
+def test_prices_for_each_length_lose_no_more_than_one_for_all():
+    """Heads that need a fixed window beside one that needs everything: fixed windows are dear at one length only."""
+    far = torch.ones(16, 16).tril()
+    near = torch.eye(16) + torch.diag(torch.ones(15), -1) + torch.diag(torch.ones(14), -2)
+    profiles = {1024: torch.stack([near, near, near, far]).view(2, 2, 16, 16)}
+    rules = rules_for([1024, 2048], step=64)
+    rows = choose(profiles, rules, density=0.42, lengths=[2048, 8192])
+    spans = [[r.alpha + r.beta * length for row in rows for r in row] for length in (1024, 2048, 8192)]
+    for length, span in zip((1024, 2048, 8192), spans, strict=True):
+        assert sum(span) / 4 / length <= 0.42 + 1e-9
+        # every head has what it needs: three blocks, or all but the block that is always read
+        assert min(span[:3]) >= 192 and span[3] >= 0.9 * length
+    for bad in (0.0, 1.5, -1.0):
+        with pytest.raises(InputError, match="density"):
+            choose(profiles, rules, density=bad)
+
+
+def test_the_reader_s_documents_supervise_answers_alone_and_its_plan_is_shipped():
+    from saccade.evaluate.presets import preset
+    from saccade.reader import load
+    from saccade.recipe.moa import samples
+
+    model, tokenizer = load()
+    for ids, marks in samples(tokenizer, 512, facts=2, count=2):
+        assert 512 - 64 < len(ids) <= 512 and len(marks) == len(ids)
+        # a blank and seven digits, twice
+        said = tokenizer.decode(ids[marks]).split()
+        assert [len(word) for word in said] == [7, 7] and "".join(said).isdigit()
+        text = tokenizer.decode(ids)
+        assert all(text.count(word) == 2 for word in said)
+    plan = preset("moa", model, 4096, bundled=True)
+    rules = [a.args["span"] for row in plan.layers for a in row for _ in a.heads]
+    assert len(rules) == 16 and sum(r["base"] / 32768 + r["slope"] for r in rules) / 16 <= 0.25 + 1e-9

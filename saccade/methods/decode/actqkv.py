@@ -52,8 +52,9 @@ class ActQKV(Selector):
     Departs from the paper: its equations are known to us from summaries only. The z-score, the weighted sum, windows
     that do not overlap and budgets by entropy are confirmed; the softmax that makes weights of z-scores, mean keys,
     running means (a layer cannot know what later layers will say in this step, so entropies of earlier steps are used)
-    and all defaults are ours. Do not take results for the paper's. Queries and keys are compared as rotated, which
-    blurs the mean of a long block: small blocks decode better. Several tokens in one step share the budgets of the
+    and all defaults are ours. Do not take results for the paper's. Queries and keys are compared as rotated. That
+    blurs the mean of a long block, so small blocks decode better; turned back to no rotation, means lose what is near,
+    which is worse. Several tokens in one step share the budgets of the
     step before. Where nearly all of a window asks for something, the few that do not are the unusual ones, and lead.
 
     Example:
@@ -69,6 +70,7 @@ class ActQKV(Selector):
     phases = ("prefill", "decode")
     strictly_causal = False  # all queries of a window read what its later ones ask for, too
     chunked = "windows start at the chunk's first query"
+    unbroken = True
     paper = "ActQKV, arXiv 2502.13542"
 
     budget: int = 4096
@@ -83,6 +85,10 @@ class ActQKV(Selector):
 
     def __post_init__(self) -> None:
         check_ints(self, budget=1, window=1, block_k=1, sink=0, near=0)
+        for name in ("average", "temperature", "adapt"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise InputError(f"ActQKV: {name} must be a number, got {value!r}")
         if not 0.0 < self.average <= 1.0 or not self.temperature > 0.0 or not 0.0 <= self.adapt <= 1.0:
             raise InputError(
                 "ActQKV: average must be in (0, 1], temperature > 0 and adapt in [0, 1], got "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,9 @@ from saccade.kernels.scores import pool_bounds, products
 from saccade.kernels.topk import largest
 from saccade.methods.apply import phase_of
 from saccade.methods.base import Selector, check_ints
+
+ROOM = 64  # far blocks that bounds have room for beyond what is needed
+STEP = 128  # far blocks of a head whose bounds are formed at a time
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,12 @@ class FetchBlocks(Selector):
         if phase_of(N, call.shape.M) == "prefill" or held <= self.blocks:
             return merge([attend(q, k, v, None, call), everything(q, far, call)])
         index = self._chosen(q, far, call)
-        expect(index[:, :, 0], far, call)
+        coming = expect(index[:, :, 0], far, call)
         near = attend(q, k, v, None, call)
-        parts = [chosen(q[:, :, i : i + 1], index[:, :, i], far, _only(call, i)) for i in range(N)]
+        parts = []
+        for i in range(N):
+            parts.append(chosen(q[:, :, i : i + 1], index[:, :, i], far, _only(call, i), coming))
+            coming = None
         lse = torch.cat([part.lse for part in parts if part.lse is not None], 2)
         return merge([near, Out(torch.cat([part.o for part in parts], 2), lse)])
 
@@ -84,24 +89,85 @@ class FetchBlocks(Selector):
     def _chosen(self, q: Tensor, far: Far, call: Call) -> Tensor:
         """Blocks of each key head and query, in host memory [B,G,N,blocks]."""
         B, H, G, N, _ = call.shape
-        scores = products(torch.cat((q.clamp_max(0), q.clamp_min(0)), -1), _bounds(far, q, call))
+        scores = _scores(torch.cat((q.clamp_max(0), q.clamp_min(0)), -1), _bounds(far, q, call))
         scores = (scores * call.softmax_scale(q.shape[3])).log_softmax(-1).view(B, G, H // G, N, -1).amax(2)
-        return largest(scores, self.blocks).cpu()
+        return largest(scores.flatten(1, 2), self.blocks).view(B, G, N, -1).cpu()
 
 
-def _bounds(far: Far, q: Tensor, call: Call) -> Tensor:
-    """Smallest and largest of each feature in each far block [B,G,blocks,2D]; those of new blocks are added."""
-    held: dict[str, Any] = call.memory.setdefault(f"fetch {call.heads}", {})
-    rows: Tensor | None = held.get("rows")
-    first = 0 if rows is None else rows.shape[2]
-    if first < far.tier.blocks:
-        block = far.tier.block
-        keys = far.tier.keys(first * block, heads=far.key_heads(call))
-        new = torch.cat(pool_bounds(keys, block), -1).to(q.device, torch.promote_types(q.dtype, torch.float32))
-        rows = new if rows is None else torch.cat((rows, new), 2)
-        held["rows"] = rows
-    assert rows is not None
-    return rows
+class Bounds:
+    """Smallest and largest of each feature in each far block, in parts that have room to grow.
+
+    A longer copy beside the old one would be twice the bytes for a moment; a new part is only what is new.
+
+    Shapes: parts [B,G,room,2D], of which `counts` blocks are there
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        self.counts: list[int] = []
+
+    @property
+    def count(self) -> int:
+        """Blocks."""
+        return sum(self.counts)
+
+    def grow(self, more: int, like: Tensor) -> None:
+        """A part for `more` blocks and some after them, where the last part has no room for them."""
+        if not self.parts or self.parts[-1].shape[2] < self.counts[-1] + more:
+            self.parts.append(like.new_zeros(*like.shape[:2], more + ROOM, like.shape[3]))
+            self.counts.append(0)
+
+    def filled(self) -> list[Tensor]:
+        """What is there of each part."""
+        return [part[:, :, :count] for part, count in zip(self.parts, self.counts, strict=True)]
+
+    def select(self, index: Tensor) -> Bounds:
+        """Rows of the batch, as the store picks them."""
+        other = Bounds()
+        other.parts = [part.index_select(0, index.to(part.device)) for part in self.parts]
+        other.counts = list(self.counts)
+        return other
+
+    def bytes(self) -> int:
+        """Bytes, room to grow included."""
+        return sum(part.numel() * part.element_size() for part in self.parts)
+
+
+def _scores(q: Tensor, bounds: Bounds) -> Tensor:
+    """Products with all bounds; on a GPU without a float32 copy of them."""
+    found = []
+    for part in bounds.filled():
+        if not q.is_cuda or q.dtype == torch.float32:
+            found.append(products(q, part))
+            continue
+        (B, H, N, width), (G, m) = q.shape, part.shape[1:3]
+        packed, keys = q.reshape(B * G, H // G * N, width), part.flatten(0, 1).transpose(1, 2)
+        found.append(torch.bmm(packed, keys, out_dtype=torch.float32).view(B, H, N, m))
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+def _bounds(far: Far, q: Tensor, call: Call) -> Bounds:
+    """The bounds of all far blocks; those of new blocks are added."""
+    bounds: Bounds = call.memory.setdefault(f"fetch {call.heads}", Bounds())
+    B, _, G, _, _ = call.shape
+    tier, first, kv = far.tier, bounds.count, far.key_heads(call)
+    more = tier.blocks - first
+    if more:
+        # the smallest and the largest of some keys are keys: nothing is lost in their own type
+        bounds.grow(more, q.new_zeros(B, G, 0, 2 * q.shape[3]))
+        room = bounds.parts[-1][:, :, bounds.counts[-1] :]
+        index = torch.arange(first, first + more).expand(B, G, -1)
+        if first and index.numel() <= tier.places // 4:
+            # a few new ones: what the cache holds stays
+            room[:, :, :more] = torch.cat(pool_bounds(tier.fetch(index, heads=kv)[0], tier.block), -1)
+        else:
+            for rows, heads, part, k, _ in tier.sweep(index, heads=kv):
+                for a in range(part.start, part.stop, STEP):
+                    b = min(a + STEP, part.stop)
+                    keys = k[:, :, (a - part.start) * tier.block : (b - part.start) * tier.block]
+                    room[rows, heads, a:b] = torch.cat(pool_bounds(keys, tier.block), -1)
+        bounds.counts[-1] += more
+    return bounds
 
 
 def _only(call: Call, i: int) -> Call:

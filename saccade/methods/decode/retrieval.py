@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from saccade.methods.base import Selector, check_ints
 
 PIECE = 1 << 14  # far keys that an exact search holds at a time
 NONE = float("-inf")
-LEARN = ("graph", "faiss-nsg")  # kinds that learn from queries
-QUEUES = (*LEARN, "faiss-hnsw")  # kinds with a queue
+NEED = ("graph", "faiss-nsg")  # kinds that are drawn by queries
+LEARN = (*NEED, "lists")  # kinds that learn from them
+QUEUES = (*NEED, "faiss-hnsw")  # kinds with a queue
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,17 @@ class RetrievalAttention(Selector):
     A query reads the first `sink` and the newest `near` tokens, and the keys between them that have the largest
     products with it, by an index over the keys of its key head. Beside `offload` (phase "cache", same heads) those
     keys lie in host memory and only what is found comes near; the two results are merged by log-sum-exp. Alone, it
-    indexes the keys of the store. The index is built in a thread from the first step on, the "graph" from what the
-    prompt asked; until it is there, and for tokens that are newer than it, the search is exact.
+    indexes the keys of the store. The index is built in a thread from the first step on, "graph" and "lists" from what
+    the prompt asked. For tokens that are newer than it the search is exact; until it is there it is exact in the store,
+    and far keys are all read, which costs less than to search them all.
 
     Args:
         budget: keys that a query reads, sink and near included. Beside `offload` the store's are read instead of
             those two, so that it may be `offload`'s slack more.
         sink: tokens from the start that are always read.
         near: newest tokens that are always read.
-        kind: of the index: "graph" (learns from queries), "flat" (exact), or faiss's "faiss-flat", "faiss-ivf",
+        kind: of the index: "graph" (learns from queries), "lists" (small clusters: the one that is built for a million
+            keys in seconds), "flat" (exact), or faiss's "faiss-flat", "faiss-ivf",
             "faiss-hnsw", "faiss-nsg".
         queue: keys that a graph's search keeps in sight; more find more and scan more.
         learn: queries of a prompt that are kept for the graph, for each head.
@@ -69,6 +73,7 @@ class RetrievalAttention(Selector):
 
     phases = ("decode",)
     reads_far = True
+    unbroken = True
     paper = "RetrievalAttention, 2024, arXiv 2409.10516"
 
     budget: int = 740
@@ -114,7 +119,7 @@ class RetrievalAttention(Selector):
             if held.get(name) is not None and self.sink + held[name].covers > held["slots"]:
                 held[name] = None
         end = call.offset - self.near  # below this, no query of the call has a token in its window
-        made = self._index(held, end - self.sink, lambda n: k[:, :, self.sink : self.sink + n])
+        made = self._index(held, end - self.sink, lambda n: k[:, :, self.sink : self.sink + n], len(k))
         held["slots"] = M
         last = torch.arange(call.offset, M, device=q.device) - self.near
         ids, scanned = self._search(q, made, call, last, k)
@@ -130,7 +135,11 @@ class RetrievalAttention(Selector):
         if phase_of(call.shape.N, call.shape.M) == "prefill" or count >= far.tier.tokens:
             self._note(call, float(q.shape[1] * q.shape[2] * (call.shape.M + far.tier.tokens)))
             return merge([close, everything(q, far, call)])
-        ids, scanned = self._search_far(q, far, call)
+        made = self._far_index(q, far, call)
+        if made is None and self.kind != "flat":
+            self._note(call, float(q.shape[0] * q.shape[1] * q.shape[2] * (call.shape.M + far.tier.tokens)))
+            return merge([close, everything(q, far, call)])
+        ids, scanned = self._search_far(q, made, far, call)
         self._note(call, scanned + float(q.shape[0] * q.shape[1] * q.shape[2] * (call.shape.M + count)))
         return merge([close, _attend_own(q, ids, far, call)])
 
@@ -163,12 +172,15 @@ class RetrievalAttention(Selector):
             ids = _best(ids, (mine * q[:, :, :, None]).sum(-1), count)
         return ids.int(), scanned
 
-    def _search_far(self, q: Tensor, far: Far, call: Call) -> tuple[Tensor, float]:
+    def _far_index(self, q: Tensor, far: Far, call: Call) -> Indices | None:
+        """The index of far keys, if it is ready. Blocks are written once and then only read: the thread reads them."""
+        kv, tier = far.key_heads(call), far.tier
+        return self._index(self._held(call), tier.tokens, lambda n: partial(tier.keys, 0, n, kv), len(q))
+
+    def _search_far(self, q: Tensor, made: Indices | None, far: Far, call: Call) -> tuple[Tensor, float]:
         """The best far tokens for each query, in host memory, and what it took."""
         B, H, _, N, _ = call.shape
         count, kv, tier = self.budget - self.sink - self.near, far.key_heads(call), far.tier
-        held = self._held(call)
-        made = self._index(held, tier.tokens, lambda n: tier.keys(0, n, kv))
         asked = q.detach().to("cpu")
         best = torch.full((B, H, N, 0), -1)
         scores = torch.zeros(B, H, N, 0, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -189,16 +201,18 @@ class RetrievalAttention(Selector):
             best, scores = best.gather(-1, top.indices), top.values
         return best, scanned + float(B * H * N * (tier.tokens - start))
 
-    def _index(self, held: dict[str, Any], length: int, keys: Callable[[int], Tensor]) -> Indices | None:
+    def _index(
+        self, held: dict[str, Any], length: int, keys: Callable[[int], Tensor | Callable[[], Tensor]], rows: int
+    ) -> Indices | None:
         """The index if it is ready; one is begun where there is none, or where it has grown old."""
         learns, queries = self.kind in LEARN, held.get("queries")
         made, coming = held.get("index"), held.get("next")
-        if self.kind == "flat" or length < 1 or (learns and queries is None):
+        if self.kind == "flat" or length < 1 or (self.kind in NEED and queries is None):
             return None
         covered = 0 if made is None else made.covers
         if coming is None and (made is None or length - covered >= self.refresh):
             arguments = {"queue": self.queue} if self.kind in QUEUES else {}
-            coming = Indices(self.kind, keys(length), queries if learns else None, arguments)
+            coming = Indices(self.kind, keys(length), queries if learns else None, arguments, length, rows)
         if coming is not None and self.wait:
             coming.wait()
         if coming is not None and coming.ready():
@@ -239,8 +253,8 @@ def _attend_own(q: Tensor, ids: Tensor, far: Far, call: Call) -> Out:
     """Attention of each query to far tokens of its own, ids [B,H,N,K]: softmax over exact products."""
     B, H, _, N, _ = call.shape
     kv = far.key_heads(call)
-    k, v = far.tier.rows(ids.reshape(B, len(kv), -1), kv)
-    k, v = (t.reshape(B, H, N, ids.shape[3], -1).to(q.device) for t in (k, v))
+    k, v = far.tier.rows(ids.reshape(B, len(kv), -1), kv, q.device)
+    k, v = (t.reshape(B, H, N, ids.shape[3], -1) for t in (k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (k.to(wide) @ q.to(wide)[..., None]).squeeze(-1) * call.softmax_scale(q.shape[3])
     scores = scores.masked_fill(ids.to(q.device) < 0, NONE)

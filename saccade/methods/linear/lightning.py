@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from saccade.core.errors import InputError
 from saccade.kernels.scan import scan
-from saccade.methods.base import Layer, Output
+from saccade.methods.base import Layer, Output, check_sizes
 
 
 class LightningAttention(Layer):
@@ -45,11 +45,11 @@ class LightningAttention(Layer):
 
     def __init__(self, width: int, heads: int, layer: int = 0, layers: int = 1, head_dim: int | None = None):
         super().__init__()
-        if heads < 1 or not 0 <= layer < layers:
-            raise InputError(
-                f"LightningAttention: need heads >= 1 and 0 <= layer < layers, got {heads}, {layer}, {layers}"
-            )
+        check_sizes("LightningAttention", width=width, heads=heads, layers=layers)
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < layers:
+            raise InputError(f"LightningAttention: layer must be an int from 0 to {layers - 1}, got {layer!r}")
         head_dim = width // heads if head_dim is None else head_dim
+        check_sizes("LightningAttention", head_dim=head_dim)
         self.heads, self.head_dim, self.layer, self.layers = heads, head_dim, layer, layers
         self.slopes = tuple(s * layer_factor(layer, layers) for s in slopes(heads))
         inner = heads * head_dim

@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from saccade.cache import cap
+from saccade.cache.arena import check_space
 from saccade.cache.far import KEY, Far, everything, far_of
 from saccade.cache.store import DRAFT
 from saccade.cache.tier import Tier
 from saccade.core.call import Call
-from saccade.core.errors import InputError, PlanError
+from saccade.core.errors import InputError, PlanError, SpaceError
 from saccade.kernels.attend import attend
 from saccade.kernels.merge import Out, merge
 from saccade.methods.base import CachePolicy, check_ints
+
+
+def check_room(wanted: Iterable[tuple[Offload, int]]) -> None:
+    """Ask for the space of all layers together, before any work.
+
+    Args:
+        wanted: each layer's policy, and the bytes that it will put away (`Offload.need`).
+
+    Raises:
+        SpaceError: host memory, a folder or a policy's limit holds less.
+
+    Example:
+        >>> policy = Offload(limit=1000)
+        >>> check_room([(policy, policy.need(10_000, heads=2, width=256))])
+        Traceback (most recent call last):
+        ...
+        saccade.core.errors.SpaceError: Offload: a layer would put away 4784128 bytes, its limit is 1000; raise it
+    """
+    sizes: dict[str | None, int] = {}
+    for policy, size in wanted:
+        if policy.limit is not None and size > policy.limit:
+            raise SpaceError(f"Offload: a layer would put away {size} bytes, its limit is {policy.limit}; raise it")
+        sizes[policy.folder] = sizes.get(policy.folder, 0) + size
+    for folder, size in sizes.items():
+        check_space(size, folder, "Offload")
 
 
 @dataclass(frozen=True)
@@ -27,15 +55,19 @@ class Offload(CachePolicy):
     Nothing is lost: the heads keep their first and newest tokens in the store, whole blocks of the others lie in host
     memory (pinned, beside a GPU) or in a file mapped into memory. Heads that no method serves read all of it, a piece
     at a time through a block cache on the device, and are dense; `retrieval` and `fetch` read what matters of it. Any
-    other method would overlook what is far away, and is refused once something is.
+    other method would overlook what is far away: to decode, it is refused once something is; a later prompt it would
+    read is read exactly instead, by streaming what is far past the queries, chunk by chunk.
 
     Args:
         sink: tokens kept in the store from the start of the sequence.
         recent: tokens kept there from its end, the newest included.
         block: tokens that move at a time.
-        cache: bytes of the block cache on the device, for each layer (where rows differ in length, for each row).
+        cache: bytes of the block cache on the device, for all layers of a session's cache together (and for all rows,
+            where they differ in length); never exceeded, shared equally.
         folder: a folder for files; None = host memory.
         limit: bytes that each layer's far side may use; None = what there is.
+        expect: tokens that each layer will put away in all; room for them is made with the first, so that a lack of
+            space is told then. 0 = room is made as tokens come.
 
     Shapes:
         k [B,g,M,D] -> slots [1, 1, sink + recent + 16 + up to block - 1]
@@ -59,10 +91,11 @@ class Offload(CachePolicy):
     cache: int = 256 << 20
     folder: str | None = None
     limit: int | None = None
+    expect: int = 0
 
     def __post_init__(self) -> None:
-        check_ints(self, sink=0, recent=1, block=1, cache=1)
-        if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
+        check_ints(self, sink=0, recent=1, block=1, cache=1, expect=0)
+        if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
             raise InputError(f"Offload: limit must be bytes (int >= 1) or None, got {self.limit!r}")
         if self.folder is not None and not (os.path.isdir(self.folder) and os.access(self.folder, os.W_OK)):
             raise InputError(f"Offload: {self.folder!r} is no folder that can be written to; make it, or give another")
@@ -76,15 +109,28 @@ class Offload(CachePolicy):
         far = call.memory.get(name)
         if far is None:
             share = call.shape.H // call.shape.G
-            tier = Tier(self.block, self.cache, self.folder, self.limit, f"offload, heads {list(call.heads)}")
+            said = f"offload, heads {list(call.heads)}"
+            tier = Tier(self.block, self.cache, self.folder, self.limit, said, call.memory.get(cap.KEY))
             far = Far(call.heads, share, self.sink, tier)
         self._continues(far, call)
         # before the store forgets them: on an error here it still has them all
         gone = slice(self.sink, self.sink + count)
+        if self.expect > far.tier.tokens and not far.tier.blocks:
+            far.tier.reserve(k, v, max(self.expect, count))
         far.tier.append(k[:, :, gone], v[:, :, gone])
         call.memory[name] = far
         ends = torch.cat((torch.arange(self.sink), torch.arange(self.sink + count, M)))
         return ends.to(k.device)[None, None]
+
+    def need(self, tokens: int, heads: int, width: int) -> int:
+        """Bytes on the far side for a sequence of so many tokens, for each layer and row.
+
+        Args:
+            tokens: of the sequence.
+            heads: key heads.
+            width: bytes of a token's key and value in one head.
+        """
+        return max(0, tokens - self.sink - self.recent - DRAFT) // self.block * self.block * heads * width
 
     def claim(self, seen: int) -> int:
         return min(seen, self.sink + self.recent + DRAFT + self.block - 1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from saccade.core.call import Call
 from saccade.core.errors import InputError, UnsupportedError
@@ -15,9 +16,11 @@ from saccade.core.rope import Rope
 from saccade.kernels.attend import attend
 from saccade.kernels.merge import Out
 from saccade.kernels.moved import attend_moved
+from saccade.kernels.scores import products
 from saccade.kernels.topk import top_blocks
 from saccade.methods.base import Attention
 
+TILE = 1 << 24  # scores held at a time
 SPARE = 16  # queries kept beyond an unfinished chunk, so that a draft may be taken back
 
 
@@ -39,9 +42,10 @@ class LongHeads(Attention):
     Shapes:
         q [B,H,N,D], k [B,G,M,D], v [B,G,M,Dv] -> Out(o [B,H,N,Dv], lse [B,H,N])
 
-    Departs from the paper: in prefill the rows of a query block choose together, by the largest score of any of them;
-        a token reads itself in prefill too, as while decoding; where values and keys differ in width, a chunk's mean
-        query stands in for its mean output.
+    Departs from the paper: in prefill the rows of a query block choose together, by the largest share that any of them
+        gives a chunk (each row's softmax over what there is to choose), where the paper's choose alone; a token reads
+        itself in prefill too, as while decoding; where values and keys differ in width, a chunk's mean query stands in
+        for its mean output.
 
     Raises:
         UnsupportedError: a model whose rotary positions are not known, or a store with holes.
@@ -58,6 +62,7 @@ class LongHeads(Attention):
     strictly_causal = False  # the rows of a query block choose together
     exact = False
     chunked = "query blocks start where a chunk of the prompt starts"
+    unbroken = True
     paper = "LongHeads, Findings of EMNLP 2024, arXiv 2402.10685"
 
     keys: int = 4096
@@ -114,27 +119,34 @@ class LongHeads(Attention):
 
     def _choose(self, q: Tensor, summed: Tensor, call: Call) -> Blocks:
         """The chunks of each query block."""
-        N, M, size = call.shape.N, call.shape.M, self.chunk
+        (B, H, _, N, M), size = call.shape, self.chunk
         rows = 1 if call.offset > 0 and N <= 16 else self.block_q
-        count = -(-N // rows)
-        position = torch.arange(call.offset, M, device=q.device)
+        count, chunks = -(-N // rows), -(-M // size)
         assert call.rope is not None
-        free = call.rope(q, position, inverse=True)
-        scores = free @ summed.transpose(-1, -2)
-        lost = count * rows - N
-        scores = (
-            torch.nn.functional.pad(scores, (0, 0, 0, lost), value=float("-inf")).unflatten(2, (count, rows)).amax(3)
-        )
-        scores = torch.nn.functional.pad(scores, (0, -(-M // size) - scores.shape[3]), value=float("-inf"))
+        free = call.rope(q, torch.arange(call.offset, M, device=q.device), inverse=True)
         first = torch.arange(count, device=q.device) * rows + call.offset
         last = (first + rows - 1).clamp(max=M - 1)
-        chunk = torch.arange(scores.shape[3], device=q.device)
+        chunk = torch.arange(chunks, device=q.device)
         before = (first // size)[:, None]
-        # chunks that end before the query block begins may be chosen; the first, the one before and its own are read
-        scores = scores.masked_fill(chunk >= before, float("-inf"))
+        # the first chunk, the one before and their own are read by all rows
         forced = (chunk == 0) | ((chunk >= before - 1) & (chunk <= (last // size)[:, None]))
+        # of those in between each row has one vote to share out: a row that asks is not drowned by many that do not
+        barred = forced | (chunk >= before)
+        step = max(1, TILE // (B * H * rows * chunks))
+        votes = []
+        for a in range(0, count, step):
+            asked = free[:, :, a * rows : (a + step) * rows]
+            scores = products(asked, summed) * call.softmax_scale(q.shape[3])
+            lost = -asked.shape[2] % rows
+            scores = pad(scores, (0, chunks - scores.shape[3], 0, lost)).unflatten(2, (-1, rows))
+            scores = scores.masked_fill(barred[a : a + step, None], torch.finfo(scores.dtype).min)
+            shares = torch.log_softmax(scores, -1)
+            if lost:
+                shares[:, :, -1, rows - lost :] = float("-inf")
+            votes.append(shares.amax(3))
+        scores = torch.cat(votes, 2).masked_fill(barred, float("-inf")).masked_fill(forced, float("inf"))
         own = 1 if rows == 1 else -(-(rows - 1) // size) + 1
-        return top_blocks(scores.masked_fill(forced, float("inf")), self.keys // size + own - 1, rows, size, call)
+        return top_blocks(scores, self.keys // size + own - 1, rows, size, call)
 
     def _chunk_keys(self, q: Tensor, k: Tensor, v: Tensor, call: Call, rope: Rope) -> Tensor:
         """One key for each whole chunk so far, kept in memory: [B,H,chunks,D]."""

@@ -47,6 +47,7 @@ class S2Attention(Selector):
     """
 
     phases = ("prefill", "decode")
+    unbroken = True
     paper = "S2-Attention, 2024, arXiv 2407.17678"
 
     block: int = 64

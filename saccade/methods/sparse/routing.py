@@ -14,7 +14,7 @@ from saccade.core.errors import InputError
 from saccade.core.pattern import Groups, Window
 from saccade.kernels.attend import attend
 from saccade.kernels.groups import attend_groups
-from saccade.methods.base import Layer, Output
+from saccade.methods.base import Layer, Output, check_sizes
 
 
 class RoutingState(NamedTuple):
@@ -90,15 +90,17 @@ class RoutingAttention(Layer):
         rope_base: float = 10_000.0,
     ):
         super().__init__()
+        sizes = dict(width=width, heads=heads, clusters=clusters, window=window, recent=recent)
+        check_sizes("RoutingAttention", **sizes)
         local_heads = heads // 2 if local_heads is None else local_heads
         head_dim = width // heads if head_dim is None else head_dim
-        if not 0 <= local_heads < heads:
-            raise InputError(f"RoutingAttention: {local_heads} of {heads} heads are local; leave one or more to route")
-        if min(clusters, window, recent) < 1 or not 0.0 <= ema <= 1.0:
+        check_sizes("RoutingAttention", head_dim=head_dim)
+        if isinstance(local_heads, bool) or not isinstance(local_heads, int) or not 0 <= local_heads < heads:
             raise InputError(
-                f"RoutingAttention: clusters, window, recent must be >= 1 and ema in [0, 1], "
-                f"got {clusters}, {window}, {recent}, {ema}"
+                f"RoutingAttention: local_heads={local_heads!r} of {heads} heads; leave one or more to route"
             )
+        if not 0.0 <= ema <= 1.0:
+            raise InputError(f"RoutingAttention: ema must be in [0, 1], got {ema}")
         if head_dim % 2:
             raise InputError(f"RoutingAttention: head_dim={head_dim} must be even for rotary positions")
         self.heads, self.local_heads, self.head_dim = heads, local_heads, head_dim

@@ -7,6 +7,7 @@ from saccade.cache.far import far_of
 from saccade.cache.store import Store, call_for
 from saccade.core.errors import InputError
 from saccade.methods.apply import apply
+from saccade.methods.decode import fetch as fetch_module
 from saccade.methods.decode.fetch import FetchBlocks
 from saccade.methods.policy.offload import Offload
 from saccade.testing.inputs import Feed, stream
@@ -40,7 +41,7 @@ def by_hand(q, k, v, held, far, blocks):
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 8])
-@pytest.mark.parametrize("cache", [BLOCK * 32 * 8, BLOCK * 32 * 8 * 7, 1 << 20])
+@pytest.mark.parametrize("cache", [BLOCK * 32 * 8 + 8, BLOCK * 32 * 8 * 7, 1 << 20])
 def test_matches_quest_by_hand(blocks, cache):
     sequence, feed = stream(200, layers=1, B=1), feed_of(FetchBlocks(blocks), cache)
     feed(sequence.part(0, 190))
@@ -105,3 +106,39 @@ def test_some_heads_fetch_and_the_others_are_dense():
 def test_bad_arguments(blocks):
     with pytest.raises(InputError, match="blocks must be an int >= 1"):
         FetchBlocks(blocks)
+
+
+@pytest.mark.parametrize("sign", ["old blocks are best", "all bounds are negative"])
+def test_bounds_grow_by_parts_and_rows_may_be_picked(monkeypatch, sign):
+    """Where the room of a part is used up another one begins; the choice is the same as from one."""
+    monkeypatch.setattr(fetch_module, "ROOM", 2)
+    monkeypatch.setattr(fetch_module, "STEP", 3)
+    sequence, feed = stream(290, layers=1, B=2), feed_of(FetchBlocks(3))
+    if sign == "old blocks are best":
+        # queries and keys drift alike: turned round, a query looks for what came first
+        sequence = sequence._replace(q=-sequence.q)
+    else:
+        # room that is not filled must not look like a block with a bound of 0
+        sequence = sequence._replace(q=-sequence.q.abs() - 0.1, k=sequence.k.abs() + 0.1)
+    feed(sequence.part(0, 150))
+    for a, b in [*((i, i + 1) for i in range(150, 201)), (201, 231), *((i, i + 1) for i in range(231, 290))]:
+        got = feed(sequence.part(a, b))
+        if a == 200:
+            # both rows go on as the second
+            feed.select([1, 1])
+            sequence = sequence.row([1, 1])
+    memory = feed.stores[0].memory[0]
+    bounds = next(held for name, held in memory.items() if name.startswith("fetch"))
+    far = far_of_memory(memory).tier.blocks
+    assert len(bounds.parts) > 4 and bounds.count == far == sum(bounds.counts)
+    assert any(count < part.shape[2] for count, part in zip(bounds.counts[:-1], bounds.parts[:-1], strict=True))
+    assert bounds.bytes() == sum(part.shape[2] for part in bounds.parts) * 2 * 2 * 32 * 8
+    for b in range(2):
+        for g in range(2):
+            q = sequence.q[0, b, 2 * g : 2 * g + 2, 289]
+            want, _ = by_hand(q, sequence.k[0, b, g], sequence.v[0, b, g], 0, far, 3)
+            torch.testing.assert_close(got[b, 0, 2 * g : 2 * g + 2, 0], want, atol=1e-9, rtol=1e-9)
+
+
+def far_of_memory(memory):
+    return next(held for name, held in memory.items() if name.startswith("far"))

@@ -8,8 +8,9 @@ import torch
 from saccade import Plan, attach
 from saccade.cache.far import far_of
 from saccade.cache.store import Store, call_for
+from saccade.cache.tier import Tier
 from saccade.core.call import Call
-from saccade.core.errors import InputError, PlanError, UnsupportedError
+from saccade.core.errors import DamagedError, InputError, PlanError, UnsupportedError
 from saccade.core.pattern import Full
 from saccade.core.table import build
 from saccade.kernels.search import background
@@ -123,11 +124,12 @@ def test_building_does_not_block_decoding(monkeypatch, offloaded):
             feed.stores = [Store([((0, 1), Offload(sink=3, recent=12, block=5, cache=4000))], 2)]
         return feed
 
-    feed, flat = feed_of(method), feed_of(exact)
+    # what lies far is all read meanwhile: it costs less than to search it all
+    feed, flat = feed_of(method), feed_of(RetrievalAttention(budget=4096, sink=3, near=12) if offloaded else exact)
     costs = []
     for a, b in [(0, 390), (390, 391), (391, 392), (392, 393)]:
         got, want = feed(sequence.part(a, b)), flat(sequence.part(a, b))
-        # the index is not there: the search is exact, and nothing waits for it
+        # the index is not there: nothing is missed, and nothing waits for it
         torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
         costs.append(feed.looks[-1].seen.estimate)
     held = next(held for name, held in feed.stores[0].memory[0].items() if name.startswith("retrieval"))
@@ -272,3 +274,47 @@ def test_a_store_with_holes_is_refused():
     call = Call.of(q, k, q_pos=torch.tensor([[80]]), k_pos=torch.arange(50)[None, None])
     with pytest.raises(UnsupportedError, match="holes"):
         FLAT.select(q, k, call)
+
+
+def test_keys_that_lie_far_are_read_by_the_thread(monkeypatch):
+    """A million keys take seconds to read: the first step does not wait for that either."""
+    event, reading, read = threading.Event(), threading.Event(), Tier.keys
+
+    def slow(self, first=0, last=None, heads=None):
+        if threading.current_thread().name.startswith("saccade-index"):
+            reading.set()
+            assert event.wait(20)
+        return read(self, first, last, heads)
+
+    monkeypatch.setattr(Tier, "keys", slow)
+    method = RetrievalAttention(budget=40, sink=3, near=12, kind="lists")
+    sequence, feed = stream(400, layers=1), Feed(method, layers=1)
+    flat = Feed(RetrievalAttention(budget=4096, sink=3, near=12), layers=1)
+    for each in (feed, flat):
+        each.stores = [Store([((0, 1), Offload(sink=3, recent=12, block=5, cache=4000))], 2)]
+    for a, b in [(0, 390), (390, 391), (391, 392)]:
+        torch.testing.assert_close(feed(sequence.part(a, b)), flat(sequence.part(a, b)), atol=1e-9, rtol=1e-9)
+    assert reading.wait(20)
+    held = next(held for name, held in feed.stores[0].memory[0].items() if name.startswith("retrieval"))
+    assert held["index"] is None
+    event.set()
+    coming = held["next"]
+    coming.wait()
+    feed(sequence.part(392, 393))
+    assert held["index"] is coming and coming.covers >= 350
+
+
+def far_of_memory(memory):
+    return next(held for name, held in memory.items() if name.startswith("far"))
+
+
+def test_damage_that_the_thread_meets_is_told():
+    sequence = stream(300, layers=1)
+    method = RetrievalAttention(budget=40, sink=3, near=12, kind="lists", wait=True)
+    feed = Feed(method, layers=1)
+    feed.stores = [Store([((0, 1), Offload(sink=3, recent=12, block=5, cache=4000))], 2)]
+    feed(sequence.part(0, 290))
+    tier = far_of_memory(feed.stores[0].memory[0]).tier
+    tier.arena.slabs[0][int(tier.table[0, 1, 7])] += 1
+    with pytest.raises(DamagedError, match="another layer's"):
+        feed(sequence.part(290, 291))

@@ -14,6 +14,7 @@ from saccade.core.plan import ModelShape
 from saccade.core.table import build
 from saccade.evaluate.presets import preset
 from saccade.methods.apply import apply
+from saccade.methods.policy import offload as offload_module
 from saccade.methods.policy.offload import Offload
 from saccade.testing.checks import draft_in_the_prompt
 from saccade.testing.inputs import Feed, run, stream
@@ -26,7 +27,7 @@ def dense(sequence):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-@pytest.mark.parametrize("cache", [7 * 32 * 8, 7 * 32 * 8 * 5, 1 << 20])
+@pytest.mark.parametrize("cache", [7 * 32 * 8 + 8, 7 * 32 * 8 * 5, 1 << 20])
 @pytest.mark.parametrize("pieces", [[150], [90, 60], [17, 60, 1, 1, 16, 20, 35], [140, *[1] * 10]])
 @pytest.mark.parametrize("file", [False, True])
 def test_dense_whatever_is_far(pieces, cache, file, tmp_path):
@@ -188,7 +189,7 @@ def test_bad_arguments(args, said):
 
 def test_a_cache_smaller_than_a_block_is_told_before_anything_is_evicted():
     feed = Feed(Offload(**SMALL, cache=100), layers=1)
-    with pytest.raises(InputError, match="100 bytes does not hold one block"):
+    with pytest.raises(InputError, match=r"cache of 100 bytes .*does not hold one block"):
         feed(stream(100, layers=1))
     assert feed.stores[0].views()[0].k.shape[2] == 100
     assert isinstance(Tier(1, 1), Tier)
@@ -196,3 +197,134 @@ def test_a_cache_smaller_than_a_block_is_told_before_anything_is_evicted():
 
 def test_a_draft_in_the_prompt_may_be_taken_back_however_few_are_recent():
     draft_in_the_prompt(Offload(sink=0, recent=1, block=1, cache=100_000))
+
+
+PROMPT = [
+    ("minference", {"columns": 10, "diagonals": 20, "last": 8, "block": 8}),
+    ("trishape", {"sink": 4, "recent": 16, "last": 16}),
+    ("streaming", {"sink": 4, "recent": 16}),
+    "dense",
+]
+
+
+@pytest.mark.parametrize("prefill", PROMPT)
+@pytest.mark.parametrize("decode", [None, ("fetch", {"blocks": 4096}), ("quest", {"budget": 64})])
+def test_a_second_question_is_read_exactly_whatever_reads_prompts(model, prefill, decode, tmp_path):
+    """What the first turn's method did to the keys stays; from the second on nothing that is far is overlooked."""
+    rng = torch.Generator().manual_seed(4)
+    first, second = (torch.randint(0, 97, (1, n), generator=rng) for n in (150, 60))
+    policy = ("offload", {"sink": 4, "recent": 16, "block": 8, "cache": 20_000, "folder": str(tmp_path)})
+    with attach(model, Plan.uniform(model, prefill=prefill, decode=decode, cache=policy)) as session, torch.no_grad():
+        cache = session.cache()
+        model(first, past_key_values=cache)
+        assert cache.state_bytes() > 10_000
+        got = model(second, past_key_values=cache).logits
+        if decode is not None and decode[0] == "quest":
+            with pytest.raises(UnsupportedError, match="Offload has moved tokens"):
+                model(second[:, :1], past_key_values=cache)
+    # the reference: the same first turn, everything kept, and a dense second one over it
+    with attach(model, Plan.uniform(model, prefill=prefill)) as session, torch.no_grad():
+        whole = session.cache()
+        model(first, past_key_values=whole)
+        held = [(layer.store.groups[0].k, layer.store.groups[0].v) for layer in whole.layers]
+    with attach(model, Plan.uniform(model)) as session, torch.no_grad():
+        dense = session.cache()
+        model(first, past_key_values=dense)
+        for layer, (k, v) in zip(dense.layers, held, strict=True):
+            layer.store.groups[0].k, layer.store.groups[0].v = k, v
+        want = model(second, past_key_values=dense).logits
+    torch.testing.assert_close(got, want)
+    if prefill != "dense":
+        # and the first turn was not dense, so that this compares what it should
+        whole_text = model_logits(model, torch.cat((first, second), 1))[:, 150:]
+        assert (got - whole_text).abs().max() > 1e-5
+
+
+def model_logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def test_a_long_prompt_in_chunks_never_lies_on_the_device(model):
+    """Store and block cache hold a chunk and the policy's ends, however long the prompt; and it is read exactly."""
+    ids = torch.randint(0, 97, (1, 1200), generator=torch.Generator().manual_seed(6))
+    policy = ("offload", {"sink": 4, "recent": 16, "block": 8, "cache": 40_000})
+    most = 0
+    with attach(model, Plan.uniform(model, prefill="minference", cache=policy)) as session, torch.no_grad():
+        cache = session.cache(1200)
+        got = []
+        for a in range(0, 1200, 100):
+            got.append(model(ids[:, a : a + 100], past_key_values=cache).logits)
+            most = max(most, cache.bytes() + tiers_of(cache)[0].cap.held())
+    chunk = 2 * (100 + 100 // 8 + 4 + 16 + DRAFT + 8 + 2 * 64) * 2 * (2 * 8 * 8 + 4)
+    assert most <= 40_000 + chunk < 1200 * 2 * 2 * 2 * 8 * 8
+    assert sum(tier.tokens for tier in tiers_of(cache)) > 2 * 1100
+    # its second chunk on it reads densely (the budget of the first is more than a chunk)
+    torch.testing.assert_close(torch.cat(got, 1), model_logits(model, ids))
+
+
+def tiers_of(cache):
+    return [far_of_memory(layer.store.memory[0]).tier for layer in cache.layers]
+
+
+@pytest.mark.parametrize("where", ["memory", "folder", "limit"])
+def test_a_lack_of_space_is_told_before_any_work(model, where, monkeypatch, tmp_path):
+    """The disk and the memory are asked for what all layers together will put away."""
+    # 2 layers, 2 key heads, keys and values of width 8 in float64
+    need = (5000 - 4 - 16 - DRAFT) // 8 * 8 * 2 * 2 * 2 * 8 * 8
+    usage = offload_module.check_space.__globals__["shutil"].disk_usage(tmp_path)
+    monkeypatch.setattr(arena_module.shutil, "disk_usage", lambda folder: usage._replace(free=need - 1))
+    monkeypatch.setattr(arena_module, "_available", lambda: need - 1)
+    args = {"sink": 4, "recent": 16, "block": 8, "cache": 40_000}
+    args |= {"memory": {}, "folder": {"folder": str(tmp_path)}, "limit": {"limit": 1_000_000}}[where]
+    said = {"memory": "host memory", "folder": str(tmp_path), "limit": "limit is 1000000"}[where]
+    with attach(model, Plan.uniform(model, cache=("offload", args))) as session:
+        with pytest.raises(SpaceError, match=said):
+            session.cache(5000)
+        assert not list(tmp_path.iterdir()) and session.calls == {0: 0, 1: 0}
+        session.cache()  # who names no length is told when it comes to it
+        if where == "limit":
+            return
+        session.cache(4900)
+
+
+def test_all_layers_share_one_budget_on_the_device(model):
+    ids = torch.randint(0, 97, (1, 300), generator=torch.Generator().manual_seed(5))
+    budget = 30_000
+    plan = Plan.uniform(model, cache=("offload", {"sink": 4, "recent": 16, "block": 8, "cache": budget}))
+    with attach(model, plan) as session, torch.no_grad():
+        cache = session.cache()
+        near, peak = [], 0
+        for a in range(0, 300, 50):
+            model(ids[:, a : a + 50], past_key_values=cache)
+            tiers = [far_of_memory(layer.store.memory[0]).tier for layer in cache.layers if layer.store.memory[0]]
+            near = [tier.near_bytes() for tier in tiers]
+            peak = max(peak, sum(near))
+        # both layers hold something, all of it is counted, and together they stay below what was given for one
+        assert len(near) == 2 and min(near) > 0 and budget / 2 < peak <= budget
+        assert tiers[0].cap is tiers[1].cap and tiers[0].cap.held() == sum(near)
+        # two caches of two conversations are two budgets
+        other = session.cache()
+        model(ids, past_key_values=other)
+        assert far_of_memory(other.layers[0].store.memory[0]).tier.cap is not tiers[0].cap
+
+
+def far_of_memory(memory):
+    return next(held for name, held in memory.items() if name.startswith("far"))
+
+
+def test_room_for_what_is_expected_is_made_with_the_first(monkeypatch):
+    sequence, feed = stream(400, layers=1), Feed(Offload(**SMALL, cache=1 << 20, expect=400), layers=1)
+    feed(sequence.part(0, 120))
+    held = feed.stores[0].memory[0]
+    tier = far_of_memory(held).tier
+    size = tier.far_bytes()
+    assert size >= 400 // 7 * 7 * 2 * 32 * 8
+    monkeypatch.setattr(arena_module, "_available", lambda: 0)
+    feed(sequence.part(120, 399))
+    assert tier.far_bytes() == size
+    monkeypatch.setattr(arena_module, "_available", lambda: size)
+    feed = Feed(Offload(**SMALL, cache=1 << 20, expect=4000), layers=1)
+    with pytest.raises(SpaceError, match="name a folder"):
+        feed(sequence.part(0, 120))
+    assert feed.stores[0].views()[0].k.shape[2] == 120

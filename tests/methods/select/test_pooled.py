@@ -5,7 +5,9 @@ import torch
 
 from saccade.core.call import Call
 from saccade.core.errors import InputError, UnsupportedError
+from saccade.methods.controls.random import Random
 from saccade.methods.select.pooled import Pooled
+from saccade.methods.select.streaming import Streaming
 
 
 def block_sparse(q, k, count):
@@ -84,6 +86,33 @@ def test_the_scale_does_not_matter():
 def test_estimate_counts_pooled_pairs():
     call = Call.of(torch.zeros(2, 3, 65, 2), torch.zeros(2, 1, 129, 2))
     assert Pooled().estimate(call) == 2 * 3 * 2 * 3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_means_find_topics_and_hide_single_keys(seed):
+    # every block of keys is of a topic; a block of queries asks for three topics, or one query of it for one key
+    g = torch.Generator().manual_seed(seed)
+    N, D, block, budget = 2048, 64, 64, 320
+    topics = torch.randn(N // block, D, generator=g).sign()
+    k = topics.repeat_interleave(block, 0) + 0.3 * torch.randn(N, D, generator=g)
+    wanted = torch.stack([topics[torch.randperm(i + 1, generator=g)[:3]].sum(0) for i in range(N // block)])
+    q = wanted.repeat_interleave(block, 0) + 0.3 * torch.randn(N, D, generator=g)
+    call = Call.of(q[None, None], k[None, None], scale=9 / D)
+    rows = torch.arange(N // 2, N)
+
+    def kept(method, q, k, rows):
+        mask = method.select(q[None, None], k[None, None], call).mask(call, rows)[0, 0]
+        scores = (q[rows] @ k.T * 9 / D).masked_fill(torch.arange(N) > rows[:, None], -float("inf"))
+        return float((torch.softmax(scores, -1) * mask).sum(-1).mean())
+
+    methods = (Pooled(budget=budget), Random(budget=budget), Streaming(sink=64, recent=budget))
+    means, lot, near = (kept(method, q, k, rows) for method in methods)
+    assert means > 0.9 and max(lot, near) < 0.5
+    # the control: a lone query that asks for a lone key, in a block whose other queries look away from it
+    code = torch.randn(D, generator=g).sign()
+    k[1000], q[-64:], q[-1] = 2 * code, q[-64:] - code, 2 * code
+    last = torch.tensor([N - 1])
+    assert kept(methods[0], q, k, last) < 0.1 and kept(Pooled(budget=1.0), q, k, last) > 0.99
 
 
 @pytest.mark.parametrize("args", [{"budget": 0}, {"budget": -64}, {"budget": 0.0}, {"budget": 1.01}, {"block_q": 0}])
