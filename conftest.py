@@ -1,4 +1,7 @@
-"""Where Triton cannot be installed (no Linux on x86-64), its kernels and their tests are not collected."""
+"""Where Triton cannot be installed (no Linux on x86-64), its kernels and their tests are not collected.
+
+The same holds for the model of lm-evaluation-harness, a subclass of the harness's own, where that is not installed.
+"""
 
 from importlib.util import find_spec
 
@@ -15,11 +18,15 @@ KERNELS = (
 )
 
 
-def _there() -> bool:
+HARNESS = ("saccade/evaluate/harness_model.py",)
+
+
+def _there(name: str) -> bool:
     try:
-        return find_spec("triton") is not None
+        return find_spec(name) is not None
     except ValueError:
         return False
 
 
-collect_ignore_glob = [] if _there() else list(KERNELS)
+collect_ignore_glob = [*(() if _there("triton") else KERNELS)]
+collect_ignore_glob += () if _there("lm_eval") and _there("accelerate") else HARNESS

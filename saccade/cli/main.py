@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from saccade.core.errors import SaccadeError
 
-COMMANDS = ("demo", "list", "show", "run", "eval", "report", "doctor", "plan", "bench")
+COMMANDS = ("demo", "list", "show", "run", "eval", "lm-eval", "cab", "report", "doctor", "plan", "bench")
 MISTAKE, INTERRUPTED = 2, 130
 
 
@@ -43,7 +43,7 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"saccade {__version__}")
     verbs = top.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for name in COMMANDS:
-        module = import_module(f"saccade.cli.{name}")
+        module = import_module(f"saccade.cli.{name.replace('-', '_')}")
         sub = verbs.add_parser(name, help=module.HELP, description=module.HELP)
         sub.add_argument("--json", action="store_true", help="print one JSON document, progress goes to stderr")
         module.arguments(sub)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -79,6 +80,14 @@ class StoreLayer(CacheLayerMixin):
         rows = torch.arange(len(self.store.seen))
         self.store.select(rows[indices.cpu()])
 
+    def fork(self) -> StoreLayer:
+        """The layer with a store of its own: see `SaccadeCache.fork`."""
+        if self.fixed is not None:
+            raise UnsupportedError("a cache cannot be forked during steps of a fixed shape; close() them first")
+        other: StoreLayer = copy.copy(self)
+        other.store = self.store.fork()
+        return other
+
     def offload(self) -> None:
         raise UnsupportedError("offloading this cache is not part of this version")
 
@@ -102,6 +111,27 @@ class SaccadeCache(Cache):
         for at, store in stores.items():
             layers[at] = StoreLayer(store)
         super().__init__(layers=layers)
+
+    def fork(self) -> SaccadeCache:
+        """A cache that goes on from here by itself, so that a text is read once and asked many times.
+
+        Keys, values, and what methods and policies remember are copied; neither cache sees what the other reads later.
+        `copy.deepcopy(cache)` is the same.
+
+        Raises:
+            UnsupportedError: steps of a fixed shape are under way.
+
+        Example:
+            one = cache.fork(); model.generate(**first, past_key_values=one)
+        """
+        other: SaccadeCache = copy.copy(self)
+        other.layers = [
+            layer.fork() if isinstance(layer, StoreLayer) else copy.deepcopy(layer) for layer in self.layers
+        ]
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SaccadeCache:
+        return self.fork()
 
     def bytes(self) -> int:
         """Bytes of keys, values and positions in memory, in all layers, room to grow included."""

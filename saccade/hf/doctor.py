@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,11 +17,23 @@ from saccade.core.plan import Plan
 from saccade.hf.attach import Session, attach
 from saccade.hf.cache import cache_bytes
 from saccade.hf.meter import Meter
+from saccade.methods.apply import Seen, phase_of
+
+DENSE = 0.995  # of all pairs; a layer above that is called dense
+TILED = "plain PyTorch, because Triton's kernels refuse:"
+WAYS = {
+    "own mask": "{calls} calls in layers {layers} came with a mask of their own and went to dense sdpa, past the plan: "
+    "leave the mask to transformers (attention_mask [batch, tokens])",
+    "other cache": "{calls} calls in layers {layers} used another cache than session.cache(): DynamicCache copies all "
+    "that it holds for every token ({bytes} bytes after the probe); pass past_key_values=session.cache()",
+    "no cache": "{calls} calls in layers {layers} came without a cache: each reads all tokens again; pass "
+    "past_key_values=session.cache()",
+}
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `doctor` found. `problems` is empty when all is well; `advice` is what would make it better.
+    """What `doctor` found. `problems` is empty when all is well; `slow` says what costs time, `advice` what would help.
 
     Attributes:
         model: class and size.
@@ -30,6 +44,11 @@ class Diagnosis:
         dense_difference: largest difference of the last logits from the model's own attention (what the plan changes).
         bytes_held, bytes_dense: key-value bytes of the plan's cache and of transformers' own, same tokens.
         versions: of what matters here.
+        dense: layers that read everything in a phase, "prefill" and "decode".
+        kernels: what computes attention, by phase: Triton's kernels, or plain PyTorch and why.
+        ways: how attention calls were served, and how many (see `Session.ways`).
+        threads, cpus: that torch uses, and that this process may use.
+        slow: what costs time and why, a sentence each.
     """
 
     model: str
@@ -46,6 +65,12 @@ class Diagnosis:
     versions: dict[str, str]
     problems: list[str]
     advice: list[str]
+    dense: dict[str, list[int]] = field(default_factory=dict)
+    kernels: dict[str, list[str]] = field(default_factory=dict)
+    ways: dict[str, int] = field(default_factory=dict)
+    threads: int = 0
+    cpus: int = 0
+    slow: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON."""
@@ -66,20 +91,65 @@ class Diagnosis:
             f"padded rows       differ by {self.padded_difference:.1e} from the same rows alone",
             f"plan changes      the last logits by {self.dense_difference:.1e} at most",
             f"key-value bytes   {self.bytes_held:,} held, {self.bytes_dense:,} in transformers' own cache",
+            "computed by       "
+            + "; ".join(f"{phase}: {', '.join(words)}" for phase, words in self.kernels.items() if words),
+            f"threads           {self.threads} of {self.cpus} CPUs",
             "versions          " + ", ".join(f"{k} {v}" for k, v in self.versions.items()),
         ]
         lines += [f"problem: {line}" for line in self.problems] or ["no problems found"]
+        lines += [f"slow: {line}" for line in self.slow]
         lines += [f"advice: {line}" for line in self.advice]
         return "\n".join(lines)
 
 
-def doctor(model: torch.nn.Module, plan: Plan, length: int = 512) -> Diagnosis:
+@dataclass
+class Kernels:
+    """Notes what computes each attention call: `session.watch`. Words of a refusal are the kernels' own."""
+
+    found: dict[str, dict[str, set[int]]] = field(default_factory=dict)
+
+    def __call__(self, seen: Seen) -> None:
+        """Take note of one attend."""
+        layers = self.found.setdefault(phase_of(seen.call.shape.N, seen.call.offset), {})
+        layers.setdefault(computed_by(seen), set()).add(seen.call.layer)
+
+    def said(self) -> dict[str, list[str]]:
+        """By phase: what computes, and in which layers where it is not the same in all."""
+        return {
+            phase: [how if len(ways) == 1 else f"{how} in layers {_ranges(sorted(at))}" for how, at in ways.items()]
+            for phase, ways in self.found.items()
+        }
+
+
+def computed_by(seen: Seen) -> str:
+    """What computes an attention call, in words."""
+    if seen.pattern is None:
+        return f"{' and '.join(seen.methods) or 'a policy'}, by itself"
+    if not on_gpu(seen.q):
+        return "plain PyTorch, the CPU's own path"
+    try:
+        from saccade.kernels.attend import triton
+    except ImportError:
+        return f"{TILED} Triton is not installed"
+    refused = triton.refuses(seen.q, seen.k, seen.v, seen.pattern, seen.call, seen.bias)
+    return "Triton" if refused is None else f"{TILED} {refused}"
+
+
+def on_gpu(q: torch.Tensor) -> bool:
+    """Would "auto" try Triton's kernels for this tensor?"""
+    return q.is_cuda
+
+
+def doctor(
+    model: torch.nn.Module, plan: Plan, length: int = 512, run: Callable[[Session], Any] | None = None
+) -> Diagnosis:
     """Attach a plan to a model, run a prefill and three steps, and say what really happened.
 
     Args:
         model: a Hugging Face causal language model.
         plan: the plan to look at.
         length: tokens of the probe (random ids).
+        run: your own use of the model, given the session: what it does that costs time is found too.
 
     Returns:
         A Diagnosis; the model is left as it was.
@@ -98,7 +168,13 @@ def doctor(model: torch.nn.Module, plan: Plan, length: int = 512) -> Diagnosis:
             dense_cache = DynamicCache(config=config)
             dense = model(ids, past_key_values=dense_cache, logits_to_keep=1).logits
             with attach(model, plan) as session:
-                session.watch = meter = Meter(mass=False)
+                meter, kernels = Meter(mass=False), Kernels()
+
+                def watch(seen: Seen) -> None:
+                    meter(seen)
+                    kernels(seen)
+
+                session.watch = watch
                 cache = session.cache(length)
                 logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
                 for _ in range(3):
@@ -106,6 +182,8 @@ def doctor(model: torch.nn.Module, plan: Plan, length: int = 512) -> Diagnosis:
                 calls = [session.calls[layer] for layer in session.served()]
                 session.watch = None
                 padded = _padded(model, session, ids)
+                if run is not None:
+                    run(session)
                 served, rest = session.served(), sorted(set(session.modules) - set(session.served()))
                 held = cache.bytes()
     finally:
@@ -132,8 +210,14 @@ def doctor(model: torch.nn.Module, plan: Plan, length: int = 512) -> Diagnosis:
         },
         problems=[],
         advice=[],
+        dense={phase: _dense(meter, phase, served) for phase in ("prefill", "decode")},
+        kernels=kernels.said(),
+        ways={way: sum(n for (its, _), n in session.ways.items() if its == way) for way, _ in session.ways},
+        threads=torch.get_num_threads(),
+        cpus=_cpus(),
     )
     found.problems.extend(_problems(found, float(logits.abs().max())))
+    found.slow.extend(_slow(found, plan, session))
     found.advice.extend(_advice(found, plan))
     return found
 
@@ -163,6 +247,47 @@ def _problems(found: Diagnosis, size: float) -> list[str]:
     if found.padded_difference > tolerance * max(1.0, size):
         problems.append(f"padded rows differ from rows alone by {found.padded_difference:.1e}: report this")
     return problems
+
+
+def _slow(found: Diagnosis, plan: Plan, session: Session) -> list[str]:
+    """What costs time, and why."""
+    slow = []
+    for phase, layers in found.dense.items():
+        bare = [at for at in layers if not (plan.phase(at, phase) or plan.phase(at, "cache"))]
+        if bare:
+            slow.append(f"{phase} is dense in layers {_ranges(bare)}: the plan names no method there")
+        by: dict[str, list[int]] = {}
+        for at in sorted({*layers} - {*bare}):
+            names = dict.fromkeys(a.method for a in (*plan.phase(at, phase), *plan.phase(at, "cache")))
+            by.setdefault(" and ".join(names), []).append(at)
+        for names, where in by.items():
+            slow.append(
+                f"{phase} is dense in layers {_ranges(where)}: {names} reads everything at {found.length} tokens"
+            )
+    for way, words in WAYS.items():
+        where = sorted(at for (its, at), n in session.ways.items() if its == way and n)
+        if where:
+            slow.append(words.format(calls=found.ways[way], layers=_ranges(where), bytes=f"{found.bytes_dense:,}"))
+    for phase, ways in found.kernels.items():
+        slow += [f"{phase} runs in {words}" for words in ways if words.startswith(TILED)]
+    if "cpu" in found.model.rsplit(", ", 1)[-1]:
+        if found.threads > found.cpus:
+            slow.append(f"torch uses {found.threads} threads on {found.cpus} CPUs: they wait for each other")
+        # with two threads to a core, torch's own choice is half of the CPUs
+        elif found.threads < found.cpus // 2:
+            slow.append(f"torch uses {found.threads} of {found.cpus} CPUs: raise it with torch.set_num_threads")
+    return slow
+
+
+def _dense(meter: Meter, phase: str, layers: list[int]) -> list[int]:
+    """Layers whose measured density is that of dense attention."""
+    found = {at: meter.density(phase, at) for at in layers}
+    return [at for at, share in found.items() if share is not None and share > DENSE]
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _advice(found: Diagnosis, plan: Plan) -> list[str]:

@@ -119,6 +119,22 @@ class Machine(RuleBasedStateMachine):
         self.evicted = [self.evicted[i] for i in index]
         self.B = len(index)
 
+    @rule(original=st.booleans(), n=st.sampled_from((1, 3, 90)))
+    def fork(self, original, n):
+        """One of two forks goes on; what is done to the other changes nothing in it."""
+        twin = self.store.fork()
+        if not original:
+            self.store, twin = twin, self.store
+        if twin.seen:
+            twin.append(*tokens([[-1] * n] * self.B, self.B, n))
+            twin.asked([torch.zeros(r.stop - r.start, 2 * HEADS, n, D).double() for r in twin.row_sets()], True)
+            for group in twin.groups:
+                group.k.fill_(-1), group.v.fill_(-1)
+            for held in twin.memory:
+                held["mine"] = True
+        twin.reset()
+        assert not any("mine" in held for held in self.store.memory)
+
     @rule()
     def reset(self):
         self.store.reset()
@@ -307,6 +323,24 @@ def test_memory_goes_with_its_row():
     assert [store.memory_of(rows)["a"].flatten().tolist() for rows in store.row_sets()] == [[2], [2], [1]]
     store.select(torch.tensor([2, 0]))
     assert [store.memory_of(rows)["a"].flatten().tolist() for rows in store.row_sets()] == [[1], [2]]
+
+
+def test_a_fork_has_a_memory_of_its_own():
+    for valid in (None, torch.tensor([[0, 1], [1, 1]]).bool()):
+        store = filled(Store([], HEADS), 2, B=2, valid=valid)
+        for rows in store.row_sets():
+            count = rows.stop - rows.start
+            store.memory_of(rows).update(a=torch.zeros(count, 1), deep={"b": torch.zeros(count), "slots": 1})
+        twin = store.fork()
+        for rows in twin.row_sets():
+            held = twin.memory_of(rows)
+            held["a"].fill_(1), held["deep"]["b"].fill_(1)
+            held["deep"].update(slots=9), held.update(new=1)
+        for rows in store.row_sets():
+            held = store.memory_of(rows)
+            assert held["a"].sum() == held["deep"]["b"].sum() == 0
+            assert held["deep"]["slots"] == 1 and "new" not in held
+        assert store.state_bytes() == twin.state_bytes()
 
 
 def test_dtypes_and_widths_are_those_given():

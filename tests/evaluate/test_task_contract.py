@@ -11,7 +11,7 @@ from saccade.evaluate.tasks import RULER, TASKS, load_task
 from saccade.evaluate.tasks.base import aligned, contained, first_number, pack, passage, say
 from saccade.reader.books import HELD_OUT, held_out
 
-READINGS = ("perplexity", "copy-perplexity", "multi-turn")
+READINGS = ("perplexity", "copy-perplexity", "multi-turn", "multi-request")
 PLAIN = [name for name in TASKS if name not in READINGS]
 
 

@@ -64,9 +64,9 @@ def test_a_cache_pruned_by_the_first_question_shows_its_price():
     loaded = load("reader", device="cpu")
     task = MultiTurn()
     samples = [task.sample(loaded.tokenizer, 2048, index) for index in range(2)]
-    dense = task.summary(outcomes(loaded, None, task, samples))
+    dense = task.summary(outcomes(loaded, None, task, samples)[0])
     plan = Plan.uniform(loaded.model, cache=("snapkv", {"capacity": 204, "kernel": 15}))
-    pruned = task.summary(outcomes(loaded, plan, task, samples))
+    pruned = task.summary(outcomes(loaded, plan, task, samples)[0])
     assert dense["turns"] == [1.0, 1.0, 1.0]
     assert pruned["turns"][0] == 1.0 and max(pruned["turns"][1:]) <= 0.5
     assert pruned["score"] < dense["score"]

@@ -30,6 +30,7 @@ TASKS = {
     "perplexity": "saccade.evaluate.tasks.perplexity:Perplexity",
     "copy-perplexity": "saccade.evaluate.tasks.copy_perplexity:CopyPerplexity",
     "multi-turn": "saccade.evaluate.tasks.multi_turn:MultiTurn",
+    "multi-request": "saccade.evaluate.tasks.multi_request:MultiRequest",
 }
 
 # RULER's thirteen: a task and its options; niah in books, keys of words and numbers of 7 digits unless said otherwise

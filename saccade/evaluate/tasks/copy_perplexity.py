@@ -56,18 +56,30 @@ class CopyPerplexity:
         return Sample([*special, *body, *body[start : start + self.count]], "", 0, depth)
 
     def run(self, loaded: Loaded, cache: Callable[[int], Any], sample: Sample) -> Outcome:
-        from saccade.evaluate.measure import losses
+        return self.run_together(loaded, cache, [sample])[0]
+
+    def run_together(self, loaded: Loaded, cache: Callable[[int], Any], samples: Sequence[Sample]) -> list[Outcome]:
+        """Samples of one length as one batch."""
+        from saccade.evaluate.measure import losses_together
 
         scored = self.count - self.cue
         steps = scored // 2
-        nats, took = losses(loaded, sample.ids, cache(len(sample.ids)), scored=scored, steps=steps)
-        copy, cut, bits = sample.ids[-scored:], scored - steps, {}
-        stretches = (("all", slice(None)), ("prefill", slice(0, cut)), ("decode", slice(cut, None)))
-        for name, part in stretches:
-            tally = Tally(loaded.tokenizer)
-            tally.add(copy[part], nats[part].tolist())
-            bits[name] = tally.bits
-        return Outcome(bits.pop("all") or 0.0, took, bits)
+        texts = [sample.ids for sample in samples]
+        nats, took = losses_together(loaded, texts, cache(len(texts[0])), scored=scored, steps=steps)
+        stretches = (
+            ("all", slice(None)),
+            ("prefill", slice(0, scored - steps)),
+            ("decode", slice(scored - steps, None)),
+        )
+        found = []
+        for ids, each in zip(texts, nats.tolist(), strict=True):
+            bits = {}
+            for name, part in stretches:
+                tally = Tally(loaded.tokenizer)
+                tally.add(ids[-scored:][part], each[part])
+                bits[name] = tally.bits
+            found.append(Outcome(bits.pop("all") or 0.0, took, bits))
+        return found
 
     def summary(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         parts = {name: spread([outcome.parts[name] for outcome in outcomes])["score"] for name in ("prefill", "decode")}

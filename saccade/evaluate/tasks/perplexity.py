@@ -12,6 +12,7 @@ from saccade.evaluate.tasks.base import Outcome, Sample, check_counts, passage, 
 from saccade.reader.books import HELD_OUT
 
 if TYPE_CHECKING:
+    from saccade.evaluate.generate import Answer
     from saccade.evaluate.model import Loaded
 
 UNIT = "bits per byte, lower is better"
@@ -68,27 +69,23 @@ class Perplexity:
         return Sample([*special, *passage(tokenizer, length - len(special), rng.random(), book, self.text)], "", 0)
 
     def run(self, loaded: Loaded, cache: Callable[[int], Any], sample: Sample) -> Outcome:
-        from saccade.evaluate.measure import losses
+        return self.run_together(loaded, cache, [sample])[0]
 
-        ids, total = sample.ids, Tally(loaded.tokenizer)
-        phases = {"prefill": Tally(loaded.tokenizer), "decode": Tally(loaded.tokenizer)}
-        bins: dict[int, Tally] = {}
-        size = min(self.window or len(ids), len(ids))
-        for start, stop, scored in windows(len(ids), size, self.stride or size):
-            steps = max(min(self.steps, scored, stop - start - 2), 0) if stop == len(ids) else 0
-            nats, took = losses(loaded, ids[start:stop], cache(stop - start), scored=scored, steps=steps)
-            at = stop - start - scored
-            for first, last in positions(at, stop - start):
-                part = ids[start + first : start + last], nats[first - at : last - at].tolist()
-                bins.setdefault(edge(first), Tally(loaded.tokenizer)).add(*part)
-            cut = scored - steps
-            for phase, part in (("prefill", slice(0, cut)), ("decode", slice(cut, scored))):
-                phases[phase].add(ids[stop - scored : stop][part], nats[part].tolist())
-            total.add(ids[stop - scored : stop], nats.tolist())
-        parts: dict[str, Any] = {phase: tally.bits for phase, tally in phases.items()}
-        parts["by_position"] = [[max(low, 1), max(2 * low, FIRST), bins[low].bits] for low in sorted(bins)]
+    def run_together(self, loaded: Loaded, cache: Callable[[int], Any], samples: Sequence[Sample]) -> list[Outcome]:
+        """Samples of one length as one batch; window for window, as each would be alone."""
+        from saccade.evaluate.measure import losses_together
+
+        length = len(samples[0].ids)
+        tallies = [_Tallies.new(loaded.tokenizer) for _ in samples]
+        size = min(self.window or length, length)
+        for start, stop, scored in windows(length, size, self.stride or size):
+            steps = max(min(self.steps, scored, stop - start - 2), 0) if stop == length else 0
+            texts = [sample.ids[start:stop] for sample in samples]
+            nats, took = losses_together(loaded, texts, cache(stop - start), scored=scored, steps=steps)
+            for own, ids, each in zip(tallies, texts, nats.tolist(), strict=True):
+                own.add(ids, each, steps)
         # times and bytes are those of the last window
-        return Outcome(total.bits or 0.0, took, parts)
+        return [own.outcome(took) for own in tallies]
 
     def summary(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         positions = zip(*(outcome.parts["by_position"] for outcome in outcomes), strict=True)
@@ -97,6 +94,35 @@ class Perplexity:
             **{phase: _mean([outcome.parts[phase] for outcome in outcomes]) for phase in ("prefill", "decode")},
             "by_position": [[*rows[0][:2], _mean([row[2] for row in rows])] for rows in positions],
         }
+
+
+@dataclass
+class _Tallies:
+    """What one sample adds up to: in all, by phase, by position."""
+
+    tokenizer: Any
+    total: Tally
+    phases: dict[str, Tally]
+    bins: dict[int, Tally]
+
+    @classmethod
+    def new(cls, tokenizer: Any) -> _Tallies:
+        return cls(tokenizer, Tally(tokenizer), {"prefill": Tally(tokenizer), "decode": Tally(tokenizer)}, {})
+
+    def add(self, ids: Sequence[int], nats: Sequence[float], steps: int) -> None:
+        """A window's tokens and the losses of the last of them, of which `steps` were read one by one."""
+        at, cut = len(ids) - len(nats), len(nats) - steps
+        for first, last in positions(at, len(ids)):
+            self.bins.setdefault(edge(first), Tally(self.tokenizer)).add(ids[first:last], nats[first - at : last - at])
+        for phase, part in (("prefill", slice(0, cut)), ("decode", slice(cut, None))):
+            self.phases[phase].add(ids[at:][part], nats[part])
+        self.total.add(ids[at:], nats)
+
+    def outcome(self, took: Answer) -> Outcome:
+        """The sample's score and its parts."""
+        parts: dict[str, Any] = {phase: tally.bits for phase, tally in self.phases.items()}
+        parts["by_position"] = [[max(low, 1), max(2 * low, FIRST), self.bins[low].bits] for low in sorted(self.bins)]
+        return Outcome(self.total.bits or 0.0, took, parts)
 
 
 class Tally:
