@@ -27,7 +27,7 @@ lint: venv  ## format, lint, types
 	$(BIN)/mypy
 
 bench: venv  ## the figures of the README that a CPU can give; about half an hour
-	$(BIN)/saccade eval --model reader --methods dense,minference,trishape,minference+duo,duo,streaming --tasks needle --lengths 32768 --samples 8 --out saccade-out/reader-cpu-32k
+	$(BIN)/saccade eval --model reader --methods dense,minference,trishape,minference+duo,duo,streaming --no-controls --tasks needle --lengths 32768 --samples 8 --out saccade-out/reader-cpu-32k
 	$(BIN)/saccade bench attend --device cpu --length 32768 --density 0.1 --dtype both
 	$(BIN)/python bench/recall.py
 

@@ -1,11 +1,11 @@
-"""Timed answers: greedy decoding with any transformers cache, first token and further tokens timed apart."""
+"""Greedy answers with any transformers cache: one prompt by itself and timed, or prompts of one length together."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,14 +28,14 @@ class Answer:
     Args:
         text: generated text, without what follows the stop.
         tokens: tokens that were generated, those after the stop included.
-        ttft_s: seconds from the prompt to the first token.
-        tpot_s: seconds per further token; None where there was only one.
-        kv_bytes: bytes of keys and values that were held at the end.
+        ttft_s: seconds from the prompt to the first token; None where prompts were read together.
+        tpot_s: seconds per further token; None where there was only one, or where prompts were read together.
+        kv_bytes: bytes of keys and values that were held at the end, this prompt's share of them.
     """
 
     text: str
     tokens: int
-    ttft_s: float
+    ttft_s: float | None
     tpot_s: float | None
     kv_bytes: int
 
@@ -57,7 +57,6 @@ def serving(loaded: Loaded, plan: Plan | None, watch: Callable[[Seen], None] | N
         yield session.cache
 
 
-@torch.inference_mode()
 def answer(
     loaded: Loaded,
     ids: Sequence[int],
@@ -77,33 +76,70 @@ def answer(
         stop: text that ends the answer; "" = only the end-of-sequence token does.
         least: tokens generated in any case, for the clock; what comes after the stop is not part of the answer.
     """
-    if not len(ids) or max_new_tokens < 1:
-        raise InputError(f"answer: needs a prompt and max_new_tokens >= 1, got {len(ids)} and {max_new_tokens}")
-    model, device = loaded.model, loaded.device
+    return together(loaded, [ids], cache, max_new_tokens=max_new_tokens, stop=stop, least=least)[0]
+
+
+@torch.inference_mode()
+def together(
+    loaded: Loaded,
+    prompts: Sequence[Sequence[int]],
+    cache: Any,
+    *,
+    max_new_tokens: int = 24,
+    stop: str = "\n",
+    least: int = 1,
+) -> list[Answer]:
+    """Answer prompts of equally many tokens as one batch, until the last of them has ended; arguments as in `answer`.
+
+    A row that has ended goes on beside the others, and what it says then is thrown away, so each text is what the
+    prompt alone would get, but for the rounding of a larger matrix product. Nothing is timed where there are two or
+    more: their times are not those of one prompt.
+
+    Raises:
+        InputError: no prompt, or prompts of different lengths.
+    """
+    sizes = sorted({len(ids) for ids in prompts})
+    if len(sizes) != 1 or not sizes[0] or max_new_tokens < 1:
+        raise InputError(
+            f"answer: needs a prompt (or several of one length) and max_new_tokens >= 1, got {len(prompts)} of "
+            f"{sizes} tokens and {max_new_tokens}"
+        )
+    model, device, rows = loaded.model, loaded.device, len(prompts)
     end = _ends(model)
-    step = torch.tensor([list(ids)], device=device)
-    said: list[int] = []
-    count, text, ended = 0, "", False
+    step = torch.tensor([list(ids) for ids in prompts], device=device)
+    said: list[list[int]] = [[] for _ in prompts]
+    texts, ended = [""] * rows, [False] * rows
+    count = 0
     first = started = now(device)
-    while count < max_new_tokens and not (ended and count >= least):
+    while count < max_new_tokens and not (all(ended) and count >= least):
         logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         step = logits[:, -1:].argmax(-1)
-        token, count = int(step), count + 1
+        tokens, count = step[:, 0].tolist(), count + 1
         if count == 1:
             first = now(device)
-        ended = ended or token in end
-        if not ended:
-            said.append(token)
-            text = loaded.tokenizer.decode(said)
-            ended = bool(stop) and stop in text
+        for row, token in enumerate(tokens):
+            ended[row] = ended[row] or token in end
+            if not ended[row]:
+                said[row].append(token)
+                texts[row] = loaded.tokenizer.decode(said[row])
+                ended[row] = bool(stop) and stop in texts[row]
     last = now(device)
-    return Answer(
-        text=(text.split(stop, 1)[0] if stop else text).strip(),
-        tokens=count,
-        ttft_s=first - started,
-        tpot_s=(last - first) / (count - 1) if count > 1 else None,
-        kv_bytes=held(cache),
-    )
+    alone, kept = rows == 1, held(cache) // rows
+    return [
+        Answer(
+            text=(text.split(stop, 1)[0] if stop else text).strip(),
+            tokens=count,
+            ttft_s=first - started if alone else None,
+            tpot_s=(last - first) / (count - 1) if alone and count > 1 else None,
+            kv_bytes=kept,
+        )
+        for text in texts
+    ]
+
+
+def untimed(found: Answer) -> Answer:
+    """The answer without its times."""
+    return replace(found, ttft_s=None, tpot_s=None)
 
 
 def held(cache: Any) -> int:

@@ -1,34 +1,47 @@
 """The evaluation runner: every method on the same samples of every task and length, a row on disk per cell.
 
 A cell is (method, task, length). Rows go to `rows.jsonl` one by one, so that a run that was cut off goes on where it
-stopped; `config.json` beside it says what was asked for, and a run that asks for something else is refused.
+stopped; `config.json` beside it says what was asked for, and a run that asks for something else is refused. A crew of
+workers gives the same scores as this process alone; times are then taken afterwards, when all is quiet.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from saccade.core.errors import FileError, InputError
-from saccade.core.plan import Plan
 from saccade.evaluate import headmap
+from saccade.evaluate.cells import (
+    FIELDS,
+    KEY,
+    TIMED,
+    Drawn,
+    Found,
+    Job,
+    batch_of,
+    clock,
+    draw,
+    draw_packed,
+    get_task,
+    measure,
+    measure_packed,
+)
+from saccade.evaluate.crew import Crew, told
 from saccade.evaluate.files import write_whole
-from saccade.evaluate.measure import answers, looked, outcomes, times
-from saccade.evaluate.metrics import mean_score
 from saccade.evaluate.model import Loaded
 from saccade.evaluate.presets import resolve
-from saccade.evaluate.samples import Cell, lines_of
+from saccade.evaluate.samples import Cell
 from saccade.evaluate.samples import append as append_lines
-from saccade.evaluate.tasks import TASKS, load_task
-from saccade.evaluate.trace import trace
 
-FIELDS = ("method", "task", "length", "n", "score", "low", "high", "density", "mass", "ttft_s", "tpot_s", "kv_bytes")
-KEY = FIELDS[:3]
-WATCHED = 8  # tokens generated to measure density and mass
+Group = tuple[str, int]  # task and length: all methods get the same samples of it
+Tell = Callable[[dict[str, Any], int, int], None]
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ class Store:
     """
 
     folder: Path
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    by_cell: dict[Cell, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], ask: Ask) -> Store:
@@ -106,12 +119,20 @@ class Store:
         """Where the rows are."""
         return self.folder / "rows.jsonl"
 
-    def has(self, cell: tuple[str, str, int]) -> bool:
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The last row of each cell, failed ones included."""
+        return list(self.by_cell.values())
+
+    def has(self, cell: Cell) -> bool:
         """Is this cell finished?"""
-        return any(tuple(row[key] for key in KEY) == cell for row in self.rows)
+        return cell in self.by_cell
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a finished row: one write at the end of the file, on the disk before this returns."""
+        """Add a row: one write at the end of the file, on the disk before this returns.
+
+        Of rows of the same cell the last one counts.
+        """
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -119,7 +140,19 @@ class Store:
             os.fsync(handle)
         finally:
             os.close(handle)
-        self.rows.append(row)
+        self.by_cell[cell_of(row)] = row
+
+    def finish(self, cell: Cell, found: Found | str) -> dict[str, Any]:
+        """Put away what came of a cell, its samples and maps before its row; a text is what went wrong."""
+        row: dict[str, Any] = dict.fromkeys(FIELDS) | dict(zip(KEY, cell, strict=True))
+        if isinstance(found, str):
+            row["error"] = found
+        else:
+            append_lines(self.folder, found.lines)
+            append_lines(self.folder, found.maps, headmap.FILE)
+            row |= found.row
+        self.append(row)
+        return row
 
     def _load(self, ask: Ask) -> None:
         if not self.path.exists():
@@ -132,14 +165,14 @@ class Store:
                 continue
             try:
                 row = json.loads(line)
-                cell = tuple(row[key] for key in KEY)
+                cell = cell_of(row)
             except (ValueError, KeyError, TypeError):
                 # a crash cuts the last line and no other
                 if at == len(lines) - 1:
                     continue
                 raise FileError(f"{self.path}: line {at + 1} is not a row of an evaluation") from None
-            if at < len(lines) - 1 and cell in known and row.get("error") is None and not self.has(cell):
-                self.rows.append(row)
+            if at < len(lines) - 1 and cell in known and row.get("error") is None:
+                self.by_cell[cell] = row
         clean = "".join(json.dumps(row) + "\n" for row in self.rows)
         if clean != text:
             write_whole(self.path, clean)
@@ -149,7 +182,10 @@ def run(
     loaded: Loaded,
     ask: Ask,
     folder: str | os.PathLike[str],
-    progress: Callable[[dict[str, Any], int, int], None] | None = None,
+    progress: Tell | None = None,
+    *,
+    batch: int | None = None,
+    crew: Callable[[], AbstractContextManager[Crew]] | None = None,
 ) -> list[dict[str, Any]]:
     """Run an evaluation, or what is left of it.
 
@@ -157,7 +193,11 @@ def run(
         loaded: the model that `ask` names.
         ask: what to run.
         folder: where rows.jsonl and config.json go.
-        progress: called with (row, finished cells, all cells) after each cell that was run.
+        progress: called with (row, finished cells, all cells) after each cell that was run, and once more when its
+            times were taken afterwards.
+        batch: prompts that are read together; None = as `saccade.evaluate.cells.batch_of` says.
+        crew: makes the workers that measure (`saccade.evaluate.crew.Processes`, `crew_ray.Actors`), which load the
+            model that `ask` names for themselves; None = this process does.
 
     Returns:
         All rows of the folder, in the order of `ask.cells()`.
@@ -165,69 +205,127 @@ def run(
     Raises:
         PlanError, InputError: an unknown method, plan file or task, before anything is run.
         FileError: the folder holds another evaluation.
+        CrewError: workers cannot be had.
     """
-    tasks = {name: get_task(name) for name in ask.tasks}
+    for name in ask.tasks:
+        get_task(name)
     plans = {(m, length): resolve(m, loaded, length) for m in ask.methods for length in ask.lengths}
     store = Store.open(folder, ask)
     cells = list(ask.cells())
-    samples: dict[tuple[str, int], list[Any]] = {}
-    for cell in cells:
-        method, task, length = cell
-        if store.has(cell):
-            continue
-        row: dict[str, Any] = dict.fromkeys(FIELDS) | dict(zip(KEY, cell, strict=True))
-        try:
-            if (task, length) not in samples:
-                # one set of samples at a time: all methods of a task and length follow each other
-                samples = {(task, length): _samples(loaded, tasks[task], length, ask)}
-            found, each, maps = _cell(cell, loaded, plans[method, length], tasks[task], samples[task, length])
-            append_lines(store.folder, each)
-            append_lines(store.folder, maps, headmap.FILE)
-            row |= found
-        except Exception as error:  # a cell that fails must not take the others with it
-            row["error"] = f"{type(error).__name__}: {error}"
-        store.append(row)
+
+    def tell(row: dict[str, Any]) -> None:
         if progress is not None:
-            progress(row, len(store.rows), len(cells))
+            progress(row, len(store.by_cell), len(cells))
+
+    def job(cell: Cell, sharing: int | None = None) -> Job:
+        method, _, length = cell
+        own = batch or batch_of(loaded, length, sharing or 1)
+        return Job(cell, plans[method, length], min(own, ask.samples), alone=sharing is None)
+
+    left = [cell for cell in cells if not store.has(cell)]
+    if crew is None:
+        _here(loaded, ask, [job(cell) for cell in left], store, tell)
+    elif left:
+        with crew() as workers:
+            _spread(workers, ask, [job(cell, workers.sharing) for cell in left], store, tell)
+    _take_times(loaded, ask, [job(cell) for cell in untimed(ask, store)], store, tell)
     order = {cell: at for at, cell in enumerate(cells)}
-    return sorted(store.rows, key=lambda row: order[tuple(row[key] for key in KEY)])
+    return sorted(store.rows, key=lambda row: order[cell_of(row)])
 
 
-def get_task(name: str) -> Any:
-    """A task by name.
+def untimed(ask: Ask, store: Store) -> list[Cell]:
+    """Finished cells whose times are still to be taken: a task per method and length is enough.
 
-    Raises:
-        InputError: there is none of this name; names the nearest.
+    The first task that is a prompt and its answer; where there is none, the first task.
     """
-    try:
-        return load_task(name)
-    except ValueError as error:
-        raise InputError(f"{error}; tasks: {', '.join(TASKS)}") from None
+    first = next((name for name in ask.tasks if not hasattr(get_task(name), "run")), ask.tasks[0])
+    rows = (store.by_cell.get(cell) for cell in ask.cells() if cell[1] == first)
+    return [cell_of(row) for row in rows if row and row.get("error") is None and row.get("ttft_s") is None]
 
 
-def _samples(loaded: Loaded, task: Any, length: int, ask: Ask) -> list[Any]:
-    return [task.sample(loaded.tokenizer, length, index, ask.seed) for index in range(ask.samples)]
+def cell_of(row: dict[str, Any]) -> Cell:
+    """Method, task and length of a row."""
+    return row["method"], row["task"], row["length"]
 
 
-def _cell(
-    cell: Cell, loaded: Loaded, plan: Plan | None, task: Any, samples: Sequence[Any]
-) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    if hasattr(task, "run"):
-        read = outcomes(loaded, plan, task, samples)
-        said, scores, found = [one.answer for one in read], [one.score for one in read], task.summary(read)
-    else:
-        most = max(sample.max_new_tokens for sample in samples)
-        said = answers(loaded, plan, [sample.ids for sample in samples], max_new_tokens=most)
-        scores = [task.score(a.text, sample) for a, sample in zip(said, samples, strict=True)]
-        score = mean_score(scores)
-        found = {"n": score.n, "score": score.score, "low": round(score.low, 4), "high": round(score.high, 4)}
-    # what is generated under watch stays within the length, too
-    ids = samples[0].ids[: cell[2] - WATCHED]
-    watched = None if plan is None else trace(loaded, plan, ids, max_new_tokens=WATCHED)
-    seen = looked(watched, plan)
-    row = found | {key: seen[key] for key in ("density", "mass")} | times(said)
-    maps = [] if watched is None else headmap.lines_of(cell, watched.meter, loaded.shape.layers, loaded.shape.heads)
-    return row, lines_of(cell, samples, said, scores), maps
+def _here(loaded: Loaded, ask: Ask, jobs: list[Job], store: Store, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Cell by cell in this process; one set of samples at a time, as all methods of a task and length follow."""
+    group: Group | None = None
+    drawn: Drawn | None = None
+    for job in jobs:
+        found: Found | str
+        try:
+            if drawn is None or group != job.cell[1:]:
+                group, drawn = job.cell[1:], None
+                drawn = draw(loaded, *group, ask.samples, ask.seed)
+            found = measure(loaded, job, drawn)
+        except Exception as error:  # a cell that fails must not take the others with it
+            found = told(error)
+        tell(store.finish(job.cell, found))
+
+
+def _spread(crew: Crew, ask: Ask, jobs: list[Job], store: Store, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Cells over a crew: samples are drawn once by some worker, then go to whoever takes a cell of theirs."""
+    waiting: dict[Group, list[Job]] = {}
+    for job in jobs:
+        waiting.setdefault(job.cell[1:], []).append(job)
+    undrawn, ready = deque(waiting), deque[Job]()
+    packed: dict[Group, bytes] = {}
+    left = {group: len(mine) for group, mine in waiting.items()}
+    busy: dict[int, Group | Job] = {}
+    lost: set[Group] = set()
+
+    def finish(job: Job, found: Found | str) -> None:
+        group = job.cell[1:]
+        left[group] -= 1
+        if not left[group]:
+            packed.pop(group, None)
+        tell(store.finish(job.cell, found))
+
+    while undrawn or ready or busy:
+        for worker in crew.idle():
+            # samples are drawn ahead, so that no worker has to wait for another's
+            if undrawn and len(ready) < len(crew):
+                busy[worker] = group = undrawn.popleft()
+                crew.give(worker, draw_packed, *group, ask.samples, ask.seed)
+            elif ready:
+                busy[worker] = job = ready.popleft()
+                crew.give(worker, measure_packed, job, packed[job.cell[1:]])
+        outcome = crew.wait()
+        if outcome is None:
+            continue
+        work = busy.pop(outcome.worker)
+        if isinstance(work, Job):
+            finish(work, outcome.value if outcome.error is None else outcome.error)
+        elif outcome.error is None:
+            packed[work] = outcome.value
+            ready.extend(waiting[work])
+        elif outcome.ended and work not in lost:
+            # many cells hang on these samples: they are worth another try
+            lost.add(work)
+            undrawn.appendleft(work)
+        else:
+            for job in waiting[work]:
+                finish(job, outcome.error)
+
+
+def _take_times(
+    loaded: Loaded, ask: Ask, jobs: list[Job], store: Store, tell: Callable[[dict[str, Any]], None]
+) -> None:
+    """The quiet pass: rows whose scores are known are written once more, with their times."""
+    group: Group | None = None
+    drawn: Drawn | None = None
+    for job in jobs:
+        try:
+            if drawn is None or group != job.cell[1:]:
+                group, drawn = job.cell[1:], None
+                drawn = draw(loaded, *group, min(TIMED, ask.samples), ask.seed)
+            row = store.by_cell[job.cell] | clock(loaded, job, drawn)
+        except Exception:
+            # the score stays without times, and the next run of this folder tries again
+            continue
+        store.append(row)
+        tell(row)
 
 
 def _same(stored: Any, wanted: dict[str, Any], config: Path) -> None:

@@ -27,7 +27,7 @@ Cell = tuple[str, str, int]  # method, task, length
 def lines_of(
     cell: Cell, samples: Sequence[Sample], said: Sequence[Answer], scores: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """A line per sample: the cell, index, digest of the prompt, depth, score and times."""
+    """A line per sample: the cell, index, digest of the prompt, depth, score, and times where it was read alone."""
     method, task, length = cell
     return [
         {
@@ -38,7 +38,7 @@ def lines_of(
             "prompt": digest(sample.ids),
             "depth": sample.depth,
             "score": float(score),
-            "ttft_s": round(one.ttft_s, 5),
+            "ttft_s": None if one.ttft_s is None else round(one.ttft_s, 5),
             "tpot_s": None if one.tpot_s is None else round(one.tpot_s, 6),
         }
         for index, (sample, one, score) in enumerate(zip(samples, said, scores, strict=True))

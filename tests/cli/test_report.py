@@ -69,7 +69,18 @@ def test_mistakes(saccade, folder, tmp_path):
 
 
 def test_what_eval_writes_is_what_report_reads(saccade, tiny, tmp_path):
-    argv = ["eval", "--model", tiny, "--methods", "dense,streaming", "--tasks", "needle,perplexity", "--lengths", "512"]
+    argv = [
+        "eval",
+        "--model",
+        tiny,
+        "--methods",
+        "dense,streaming",
+        "--no-controls",
+        "--tasks",
+        "needle,perplexity",
+        "--lengths",
+        "512",
+    ]
     assert saccade(*argv, "--samples", 2, "--out", tmp_path / "e")[0] == 0
     code, out, err = saccade("report", tmp_path / "e")
     assert code == 0 and err == ""

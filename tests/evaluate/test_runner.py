@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from saccade.core.errors import FileError, InputError, PlanError
-from saccade.evaluate import run as runner
+from saccade.evaluate import cells
 from saccade.evaluate.run import FIELDS, Ask, run
 
 ASK = Ask("tiny", ("dense", "streaming", "trishape"), ("needle",), (400,), samples=2)
@@ -17,7 +17,7 @@ def rows_in(folder):
 def counted(monkeypatch, stop_at=None, error=KeyboardInterrupt):
     """Counts the cells that are really run; raises in the one with this number."""
     done = []
-    real = runner.answers
+    real = cells.answers
 
     def answers(loaded, plan, prompts, **kwargs):
         done.append([list(ids) for ids in prompts])
@@ -25,7 +25,7 @@ def counted(monkeypatch, stop_at=None, error=KeyboardInterrupt):
             raise error("stop")
         return real(loaded, plan, prompts, **kwargs)
 
-    monkeypatch.setattr(runner, "answers", answers)
+    monkeypatch.setattr(cells, "answers", answers)
     return done
 
 
