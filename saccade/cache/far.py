@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.cache.tier import Tier
+from saccade.cache.tier import Coming, Tier
 from saccade.core.call import Call
+from saccade.core.pattern import Blocks
 from saccade.kernels.attend import attend
 from saccade.kernels.merge import Out, merge
 
 KEY = "far"
+PACKED = 16  # queries that are attended together
 
 
 @dataclass
@@ -57,13 +59,13 @@ def far_of(call: Call) -> Far | None:
         True
     """
     for name, held in call.memory.items():
-        if name.startswith(KEY) and isinstance(held, Far) and held.tier.blocks and set(call.heads) <= set(held.heads):
+        if isinstance(held, Far) and name.startswith(KEY) and held.tier.blocks and set(call.heads) <= set(held.heads):
             return held
     return None
 
 
 def everything(q: Tensor, far: Far, call: Call) -> Out:
-    """Attention to all far tokens, a piece at a time.
+    """Attention to all far tokens.
 
     Shapes:
         q [B,H,N,D] -> Out(o [B,H,N,Dv], lse [B,H,N])
@@ -72,39 +74,29 @@ def everything(q: Tensor, far: Far, call: Call) -> Out:
     return chosen(q, torch.arange(far.tier.blocks).expand(B, G, -1), far, call)
 
 
-def chosen(q: Tensor, index: Tensor, far: Far, call: Call) -> Out:
-    """Attention to far blocks, a piece at a time: half of the cache is read while the other half arrives.
+def chosen(q: Tensor, index: Tensor, far: Far, call: Call, coming: Coming | None = None) -> Out:
+    """Attention to far blocks where they lie in the cache of blocks on the device, without a copy.
+
+    A few queries read blocks that all have a place in the cache, and what they need is mostly there already. For more
+    blocks, and for many queries, the cache is read in halves: one is attended to while the other arrives.
 
     Args:
         q: queries of the call, all of which read the same blocks of their key head.
         index: blocks of each row and key head of the call, each once.
+        coming: what `expect` gave for them, if nothing was asked of the tier since.
 
     Shapes:
         q [B,H,N,D], index [B,G,K] -> Out(o [B,H,N,Dv], lse [B,H,N])
     """
-    _, H, G, _, _ = call.shape
-    tier, share, kv = far.tier, H // G, far.key_heads(call)
-    found: dict[tuple[int, int], Out] = {}
-    pieces = _pieces(index, tier.places)
-    for number, (rows, heads, part) in enumerate(pieces):
-        k, v = tier.fetch(index[rows, heads, part], rows, kv[heads])
-        if number + 1 < len(pieces):
-            after = pieces[number + 1]
-            tier.prefetch(index[after], after[0], kv[after[1]])
-        mine = q[rows, heads.start * share : heads.stop * share]
-        out = attend(mine, k, v, None, _all_seen(mine, k, call))
-        at = (rows.start, heads.start)
-        found[at] = merge([found[at], out]) if at in found else out
-    starts = sorted({r for r, _ in found}), sorted({h for _, h in found})
-    o = torch.cat([torch.cat([found[r, h].o for h in starts[1]], 1) for r in starts[0]])
-    lse = torch.cat([torch.cat([_lse(found[r, h]) for h in starts[1]], 1) for r in starts[0]])
-    return seen_by(Out(o, lse), call)
+    few = call.shape.N <= PACKED and index.numel() <= far.tier.places
+    return seen_by(_placed(q, index, far, call, coming) if few else _swept(q, index, far, call), call)
 
 
-def expect(index: Tensor, far: Far, call: Call) -> None:
-    """Start moving what `chosen` will read first."""
-    rows, heads, part = _pieces(index, far.tier.places)[0]
-    far.tier.prefetch(index[rows, heads, part], rows, far.key_heads(call)[heads])
+def expect(index: Tensor, far: Far, call: Call) -> Coming | None:
+    """Start moving what `chosen` will read."""
+    if index.numel() > far.tier.places:
+        return None
+    return far.tier.prefetch(index, heads=far.key_heads(call))
 
 
 def seen_by(out: Out, call: Call) -> Out:
@@ -115,19 +107,30 @@ def seen_by(out: Out, call: Call) -> Out:
     return Out(out.o.masked_fill(unreal[..., None], 0.0), out.lse.masked_fill(unreal, float("-inf")))
 
 
-def _pieces(index: Tensor, places: int) -> list[tuple[slice, slice, slice]]:
-    """Rows, heads and blocks that are read together: half of the cache's places, at least one block."""
-    B, G, K = index.shape
-    most = max(1, places // 2)
-    b = min(B, most)
-    g = min(G, most // b)
-    n = most // (b * g)
-    return [
-        (slice(r, min(r + b, B)), slice(h, min(h + g, G)), slice(a, min(a + n, K)))
-        for r in range(0, B, b)
-        for h in range(0, G, g)
-        for a in range(0, K, n)
-    ]
+def _placed(q: Tensor, index: Tensor, far: Far, call: Call, coming: Coming | None) -> Out:
+    """All blocks at once: each row and key head is a row of a batch that lists blocks of one common store."""
+    (B, H, G, N, _), K = call.shape, index.shape[2]
+    k, v, at = far.tier.place(index if coming is None else coming, heads=far.key_heads(call))
+    mine = q.reshape(B * G, H // G, N, -1)
+    keys, values = (t.expand(B * G, -1, -1, -1) for t in (k, v))
+    out = attend(
+        mine, keys, values, Blocks(at.view(B * G, 1, 1, K), PACKED, far.tier.block), _all_seen(mine, keys, call)
+    )
+    return Out(out.o.view(B, H, N, -1), _lse(out).view(B, H, N))
+
+
+def _swept(q: Tensor, index: Tensor, far: Far, call: Call) -> Out:
+    """A piece at a time, merged as they come."""
+    share = call.shape.H // call.shape.G
+    found: dict[tuple[int, int], Out] = {}
+    for rows, heads, _, k, v in far.tier.sweep(index, heads=far.key_heads(call)):
+        mine = q[rows, heads.start * share : heads.stop * share]
+        out = attend(mine, k, v, None, _all_seen(mine, k, call))
+        at = (rows.start, heads.start)
+        found[at] = merge([found[at], out]) if at in found else out
+    starts = sorted({r for r, _ in found}), sorted({h for _, h in found})
+    o = torch.cat([torch.cat([found[r, h].o for h in starts[1]], 1) for r in starts[0]])
+    return Out(o, torch.cat([torch.cat([_lse(found[r, h]) for h in starts[1]], 1) for r in starts[0]]))
 
 
 def _all_seen(q: Tensor, k: Tensor, call: Call) -> Call:

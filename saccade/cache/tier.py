@@ -4,26 +4,65 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from saccade.cache.arena import Arena
+from saccade.cache.cap import Cap
 from saccade.cache.near import Counters, Near
 from saccade.core.errors import DamagedError, InputError, SpaceError
+from saccade.kernels import transfer
 
 ALL = slice(None)
-_INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+READ = 1 << 24  # bytes that the host reads at a time
+
+
+class Placed(NamedTuple):
+    """Blocks that are on the device now: views of all places of the cache, and where in it the blocks stand.
+
+    They stand there until the tier is asked for others.
+
+    Shapes: k [1,1,places*block,D], v [1,1,places*block,Dv], at int32 [B,G,n], ascending, -1 = none
+    """
+
+    k: Tensor
+    v: Tensor
+    at: Tensor
+
+
+class Coming(NamedTuple):
+    """Blocks that are asked for [B,G,n]: their numbers, their checksums, and the places that they come to."""
+
+    slots: Any
+    sums: Any
+    at: Any
+
+
+class Piece(NamedTuple):
+    """Blocks of some rows and heads that are read together, side by side on the device, until the next piece comes.
+
+    Shapes: k [b,g,n*block,D], v [b,g,n*block,Dv]
+    """
+
+    rows: slice
+    heads: slice
+    blocks: slice
+    k: Tensor
+    v: Tensor
 
 
 class Tier:
     """Keys and values of some key heads, a block at a time, far from the device and read through a cache on it.
 
     Blocks are written once and then only read, so that rows of a batch (beams) share them: `select` copies numbers,
-    not blocks. Each block's checksum is kept apart from it and compared whenever it is read: a block of another layer,
-    or one that was written over, raises DamagedError. On a CPU a thread copies, on a GPU a stream of its own.
+    not blocks. Each block's checksum is kept apart from it and compared whenever it is read, single tokens' too: a
+    block of another layer, or one that was written over, raises DamagedError. On a CPU a thread copies, on a GPU a
+    stream of its own. What is read is attended where it lies in the cache, without a copy (`place`, `sweep`); `fetch`
+    gives copies.
 
     Args:
         block: tokens in a block.
@@ -31,12 +70,13 @@ class Tier:
         folder: a folder for mapped files; None = host memory, pinned where the keys are on a GPU.
         limit: bytes that the far side may use; None = what there is.
         name: said in errors: which layer, which heads.
+        cap: shared with other tiers, which together stay within the smallest budget of any; None = a cap of its own.
 
     Shapes:
         append: k [B,G,n*block,D], v [B,G,n*block,Dv]; fetch: index [B,G,n] -> k [B,G,n*block,D], v [B,G,n*block,Dv]
 
     Raises:
-        InputError: a budget smaller than one block, a folder that is none.
+        InputError: a budget smaller than one block (and its checksum of 8 bytes), a folder that is none.
 
     Example:
         >>> tier = Tier(block=2, budget=1 << 12)
@@ -47,20 +87,28 @@ class Tier:
     """
 
     def __init__(
-        self, block: int, budget: int, folder: str | None = None, limit: int | None = None, name: str = "tier"
+        self,
+        block: int,
+        budget: int,
+        folder: str | None = None,
+        limit: int | None = None,
+        name: str = "tier",
+        cap: Cap | None = None,
     ) -> None:
         if block < 1 or budget < 1:
             raise InputError(f"{name}: block and budget must be >= 1, got {block} tokens and {budget} bytes")
         if folder is not None and not os.path.isdir(folder):
             raise InputError(f"{name}: {folder!r} is no folder; make it, or give another")
         self.block, self.budget, self.folder, self.limit, self.name = block, budget, folder, limit, name
+        self.cap = Cap() if cap is None else cap
         self.split = 0  # width of keys; what follows in a row is the value
         self.arena: Arena | None = None
         self.near: Near | None = None
         self.table = torch.zeros(0, 0, 0, dtype=torch.long)  # [B,G,blocks] numbers of the blocks
         self.sums = torch.zeros(0, 0, 0, dtype=torch.long)  # their checksums
-        self._weights = torch.zeros(0, dtype=torch.long)
-        self._wrong: Tensor | None = None  # on a GPU: was any block damaged? looked at before the next read
+        self._wrong: Tensor | None = None  # on a GPU: was any block damaged?
+        self._told: tuple[Tensor, Any] | None = None  # the same on its way to the host, and when it is there
+        self._asked = False  # is it on its way?
         self._held: list[Tensor] = []
         self._finalizer: Any = None
 
@@ -83,6 +131,18 @@ class Tier:
     def places(self) -> int:
         """Blocks that can be asked for at once."""
         return 0 if self.near is None else self.near.places
+
+    def reserve(self, k: Tensor, v: Tensor, tokens: int) -> None:
+        """Make room for so many tokens more of keys and values like these, before any are put away.
+
+        Raises:
+            InputError: see `append`.
+            SpaceError, FileError: no space; nothing was changed.
+        """
+        if self.arena is None:
+            self._open(k, v)
+        assert self.arena is not None
+        self.arena.reserve(k.shape[0] * k.shape[1] * -(-tokens // self.block))
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Put whole blocks behind those that are there. On an error nothing was changed.
@@ -107,80 +167,158 @@ class Tier:
                 f"{arena.width - self.split}, {arena.dtype}; got k {list(k.shape)} and v {list(v.shape)}, {k.dtype}"
             )
         rows = torch.cat((k, v), -1).detach().unflatten(2, (-1, self.block)).flatten(0, 2)
-        sums = self._sums(rows).cpu()
+        sums = transfer.sums(rows).cpu()
+        marks = transfer.marks(rows.flatten(0, 1)).view(-1, self.block).cpu()
         slots = arena.take(len(rows))
         try:
-            arena.write(slots, rows)
+            arena.write(slots, rows, sums, marks)
         except BaseException:
             arena.release(slots)
             raise
         # the cache may hold what stood under these numbers before
-        near.forget(slots)
+        near.forget(slots.numpy())
         self._set(*(torch.cat((a, b.view(B, G, -1)), 2) for a, b in ((self.table, slots), (self.sums, sums))))
 
-    def prefetch(self, index: Tensor, rows: slice = ALL, heads: Sequence[int] | None = None) -> None:
-        """Start moving blocks index [B,G,n] (-1: none) to the device; `fetch` waits for them."""
-        if self.near is not None and self.blocks:
-            slots, _ = self._numbers(index, rows, heads)
-            wanted = slots[slots >= 0].unique()
-            if len(wanted):
-                self.near.want(wanted)
+    def prefetch(self, index: Tensor, rows: slice = ALL, heads: Sequence[int] | None = None) -> Coming | None:
+        """Start moving blocks index [B,G,n] (-1: none) to the device; what reads them waits for them.
 
-    def fetch(self, index: Tensor, rows: slice = ALL, heads: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of blocks index [B,G,n] on the device; -1 gives zeros.
+        Returns:
+            What `place` takes in place of the index, so that nothing is looked up twice; None where nothing is here.
+        """
+        if self.near is None or not self.blocks:
+            return None
+        slots, sums = self._numbers(index, rows, heads)
+        self.near.want(np.unique(slots[slots >= 0]))
+        return Coming(slots, sums, np.where(slots >= 0, self.near.place[slots.clip(0)], -1))
+
+    def place(
+        self, index: Tensor | Coming, rows: slice = ALL, heads: Sequence[int] | None = None, ordered: bool = True
+    ) -> Placed:
+        """Blocks index [B,G,n] where they stand on the device, without a copy.
 
         Args:
-            index: blocks of each row and head.
+            index: blocks of each row and head, -1 = none; or what `prefetch` gave, if nothing was asked for since.
             rows, heads: the rows and key heads (places in this tier, one may come twice) that `index` is for.
+            ordered: places ascend; else they stand as in `index`.
 
         Raises:
             InputError: a block that is not there, or more blocks than the cache holds.
             DamagedError: a block is not what was put away.
         """
-        if self.near is None or self.arena is None:
-            raise InputError(f"{self.name}: nothing was put away yet")
-        self.check()
+        near = self._near()
+        self.check(wait=False)
+        coming = index if isinstance(index, Coming) else self.prefetch(index, rows, heads)
+        if coming is None:
+            raise InputError(f"{self.name}: no blocks are here")
+        near.settle()
+        slots, sums, at = coming
+        found = np.sort(at, -1) if ordered else at
+        real = at >= 0
+        if real.all():
+            # one transfer for all three
+            up = _up(np.stack((found, at, sums)), near.device)
+            self._compare(up[1].flatten(), up[2].flatten())
+            where = up[0]
+        else:
+            where = _up(found, near.device)
+            self._compare(_up(at[real], near.device), _up(sums[real], near.device))
+        k, v = self._halves(near.data.view(1, 1, -1, near.data.shape[2]))
+        return Placed(k, v, where.int())
+
+    def fetch(self, index: Tensor, rows: slice = ALL, heads: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Copies of keys and values of blocks index [B,G,n] on the device; -1 gives zeros. Else as `place`."""
+        near = self._near()
+        at = self.place(index, rows, heads, ordered=False).at
+        got = near.data[at.clamp_min(0).long()]
+        got = got.masked_fill((at < 0)[..., None, None], 0).flatten(2, 3)
+        return self._halves(got)
+
+    def sweep(self, index: Tensor, rows: slice = ALL, heads: Sequence[int] | None = None) -> Iterator[Piece]:
+        """Blocks index [B,G,n] (none missing) once through: half of the cache is read while the other half arrives.
+
+        For more than the cache holds, or what is read once only: nothing is looked up in the cache, and what comes is
+        not found there later.
+        """
+        near = self._near()
         slots, sums = self._numbers(index, rows, heads)
-        flat = slots.flatten()
-        wanted, place = flat[flat >= 0].unique(return_inverse=True)
-        near = self.near
-        got = near.get(wanted)
-        # one block more, of zeros, is what -1 reads
-        got = torch.cat((got, got.new_zeros(1, *got.shape[1:])))
-        at = torch.full(flat.shape, len(wanted))
-        at[flat >= 0] = place
-        read = got[at.to(got.device)]
-        wrong = self._sums(read) != sums.flatten().to(read.device)
-        if read.is_cuda:
-            # no waiting for the device here: the next read looks
-            self._wrong = wrong.any() if self._wrong is None else self._wrong | wrong.any()
-        elif bool(wrong.any()):
-            which = wrong.nonzero().flatten()
-            near.forget(flat[which].unique())
-            self._damaged(f"{len(which)} of {len(wrong)} blocks")
-        read = read.view(*slots.shape[:2], -1, self.arena.width)
-        return read[..., : self.split], read[..., self.split :]
+        if not slots.size or (slots < 0).any():
+            raise InputError(f"{self.name}: a sweep needs at least one block for each head, and none of them missing")
+        near.fit()
+        halves = 2 if len(near.data) > 1 else 1
+        most = len(near.data) // halves
+        parts = _pieces(slots.shape, most)
 
-    def rows(self, index: Tensor, heads: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of single tokens index [B,G,n] straight from the far side, in host memory; -1 reads token 0.
+        def start(number: int) -> Tensor:
+            return near.line_up(slots[parts[number]].ravel(), number % halves * most)
 
-        Checksums are of whole blocks, so single tokens come without them.
+        coming = start(0)
+        for number, part in enumerate(parts):
+            self.check(wait=False)
+            near.settle()
+            here = coming
+            if halves == 2 and number + 1 < len(parts):
+                coming = start(number + 1)
+            first = number % halves * most
+            b, g, n = slots[part].shape
+            there = torch.arange(first, first + b * g * n, device=near.device)
+            self._compare(there, _up(sums[part].ravel(), near.device))
+            yield Piece(*part, *self._halves(here.view(b, g, n * self.block, -1)))
+            if halves == 1 and number + 1 < len(parts):
+                coming = start(number + 1)
+
+    def rows(
+        self, index: Tensor, heads: Sequence[int] | None = None, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of single tokens index [B,G,n] straight from the far side; -1 reads token 0.
+
+        Args:
+            index: tokens of each row and head.
+            heads: the key heads (places in this tier, one may come twice) that `index` is for.
+            device: where they go.
+
+        Raises:
+            InputError: a token that is not there.
+            DamagedError: a token is not what was put away.
         """
         if self.arena is None:
             raise InputError(f"{self.name}: nothing was put away yet")
         index = index.cpu().long().clamp_min(0)
         if index.numel() and int(index.max()) >= self.tokens:
             raise InputError(f"{self.name}: token {int(index.max())} was asked for, {self.tokens} are here")
-        table = self.table if heads is None else self.table[:, list(heads)]
-        slots = table.gather(2, index // self.block)
-        rows = self.arena.rows(slots.flatten(), (index % self.block).flatten()).view(*index.shape, -1)
-        return rows[..., : self.split], rows[..., self.split :]
+        table, sums = (t if heads is None else t[:, list(heads)] for t in (self.table, self.sums))
+        slots, want = (t.gather(2, index // self.block).flatten() for t in (table, sums))
+        rows, good = self.arena.rows(slots, (index % self.block).flatten())
+        # that a row is what was written last into its block, and that this is the block that was put away
+        wrong = ~good | (self.arena.stamps[slots] != want)
+        if bool(wrong.any()):
+            self._damaged(f"{int(wrong.sum())} of {len(wrong)} tokens")
+        self.counters.single += rows.numel() * rows.element_size()
+        return self._halves(rows.to(device, non_blocking=True).view(*index.shape, -1))
 
     def keys(self, first: int = 0, last: int | None = None, heads: Sequence[int] | None = None) -> Tensor:
-        """Keys of tokens `first` to `last` in host memory [B,G,last-first,D]: what an index is built from."""
-        G = self.table.shape[1] if heads is None else len(heads)
-        index = torch.arange(first, self.tokens if last is None else last).expand(len(self.table), G, -1)
-        return self.rows(index, heads)[0]
+        """Keys of tokens `first` to `last` in host memory [B,G,last-first,D]: what an index is built from.
+
+        Raises:
+            DamagedError: a block is not what was put away.
+        """
+        if self.arena is None:
+            raise InputError(f"{self.name}: nothing was put away yet")
+        last = self.tokens if last is None else last
+        a, b = first // self.block, -(-last // self.block)
+        index = torch.arange(a, b).expand(len(self.table), self.table.shape[1] if heads is None else len(heads), -1)
+        slots, sums = self._numbers(index, ALL, heads)
+        B, G, n = slots.shape
+        out = torch.empty(B, G, n * self.block, self.split, dtype=self.arena.dtype)
+        step = max(1, READ // self.arena.block_bytes)
+        for row in range(B):
+            for g in range(G):
+                for c in range(0, n, step):
+                    got = self.arena.read(slots[row, g, c : c + step])
+                    wrong = transfer.sums(got) != torch.from_numpy(sums[row, g, c : c + step])
+                    if bool(wrong.any()):
+                        self._damaged(f"{int(wrong.sum())} of {len(wrong)} blocks")
+                    out[row, g, c * self.block : (c + len(got)) * self.block] = got[..., : self.split].flatten(0, 1)
+        return out[:, :, first - a * self.block : last - a * self.block]
 
     def crop(self, blocks: int) -> None:
         """Keep the first `blocks` blocks of each head."""
@@ -193,8 +331,8 @@ class Tier:
 
     def select(self, index: Tensor) -> Tier:
         """Rows index [B'] as a tier of their own; blocks and cache are shared."""
-        other = Tier(self.block, self.budget, self.folder, self.limit, self.name)
-        other.split, other.arena, other.near, other._weights = self.split, self.arena, self.near, self._weights
+        other = Tier(self.block, self.budget, self.folder, self.limit, self.name, self.cap)
+        other.split, other.arena, other.near = self.split, self.arena, self.near
         if self.arena is not None:
             index = index.cpu()
             table = self.table.index_select(0, index)
@@ -202,12 +340,34 @@ class Tier:
             other._set(table, self.sums.index_select(0, index))
         return other
 
-    def check(self) -> None:
-        """Raise DamagedError if a block read since the last check was damaged; on a GPU this waits for it."""
-        if self._wrong is not None:
-            wrong, self._wrong = bool(self._wrong), None
-            if wrong:
-                self._damaged("blocks")
+    def check(self, wait: bool = True) -> None:
+        """Raise DamagedError if a block that was read was damaged.
+
+        Args:
+            wait: on a GPU, for the answer; without it only what is known already is told, the rest later.
+        """
+        if self._wrong is None:
+            return
+        if wait:
+            wrong = bool(self._wrong)
+        elif not self._asked:
+            if self._told is None:
+                self._told = torch.zeros((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+            told, event = self._told
+            told.copy_(self._wrong, non_blocking=True)
+            event.record(torch.cuda.current_stream(self._wrong.device))
+            self._asked = True
+            return
+        else:
+            assert self._told is not None
+            told, event = self._told
+            if not event.query():
+                return
+            wrong = bool(told)
+        self._asked = False
+        if wrong:
+            self._wrong = None
+            self._damaged("blocks")
 
     def bytes(self) -> int:
         """Bytes on both sides, files included."""
@@ -235,29 +395,33 @@ class Tier:
     def _open(self, k: Tensor, v: Tensor) -> None:
         width, (B, G) = k.shape[3] + v.shape[3], k.shape[:2]
         arena = Arena(self.block, width, k.dtype, self.folder, k.is_cuda, self.limit)
-        places = self.budget // arena.block_bytes
-        if places < 1:
-            raise InputError(
-                f"{self.name}: a cache of {self.budget} bytes does not hold one block of {arena.block_bytes} bytes "
-                f"({self.block} tokens); give it more, or make blocks smaller"
-            )
         if arena.limit is not None and arena.limit < B * G * arena.block_bytes:
             raise SpaceError(
                 f"{self.name}: {arena.limit} bytes do not hold one block of {arena.block_bytes} bytes for each of "
                 f"{B * G} heads"
             )
-        near = Near(places, arena, k.device)
+        near = Near(arena, k.device, self.cap, self.budget, self.name)
         self.split, self.arena, self.near = k.shape[3], arena, near
-        # odd weights that differ from place to place: a block whose rows changed places is another block
-        numbers = self.block * width
-        self._weights = (torch.arange(numbers) * 2654435761 % (1 << 31) * 2 + 1).to(k.device)
         empty = torch.zeros(B, G, 0, dtype=torch.long)
         self._set(empty, empty)
 
-    def _sums(self, rows: Tensor) -> Tensor:
-        """One number for each block [n, block, width]; zero for a block of zeros."""
-        ints = rows.contiguous().view(_INTS[rows.element_size()]).flatten(1)
-        return (ints.long() * self._weights).sum(1)
+    def _near(self) -> Near:
+        if self.near is None:
+            raise InputError(f"{self.name}: nothing was put away yet")
+        return self.near
+
+    def _halves(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rows[..., : self.split], rows[..., self.split :]
+
+    def _compare(self, places: Tensor, sums: Tensor) -> None:
+        """Is what stands in these places what was put away? On a GPU nothing waits for the answer: see `check`."""
+        near = self._near()
+        wrong = near.sums[places] != sums
+        if wrong.is_cuda:
+            self._wrong = wrong.any() if self._wrong is None else self._wrong | wrong.any()
+        elif bool(wrong.any()):
+            near.forget(near.holds[places[wrong].unique().numpy()])
+            self._damaged(f"{int(wrong.sum())} of {len(wrong)} blocks")
 
     def _set(self, table: Tensor, sums: Tensor) -> None:
         """The blocks that this tier owns from now on; they are given back when it is collected."""
@@ -269,26 +433,48 @@ class Tier:
             self._finalizer.atexit = False
         self._held[:] = [table]
 
-    def _numbers(self, index: Tensor, rows: slice, heads: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-        """The numbers in the arena of blocks `index`, -1 where there is none, and their checksums."""
-        index = index.cpu().long()
-        if index.numel() and (int(index.max()) >= self.blocks or int(index.min()) < -1):
-            raise InputError(
-                f"{self.name}: blocks {int(index.min())} to {int(index.max())} were asked for, {self.blocks} are here"
-            )
-        table, sums = (t[rows] if heads is None else t[rows][:, list(heads)] for t in (self.table, self.sums))
-        at = index.clamp_min(0)
-        return table.gather(2, at).masked_fill(index < 0, -1), sums.gather(2, at).masked_fill(index < 0, 0)
+    def _numbers(self, index: Tensor, rows: slice, heads: Sequence[int] | None) -> tuple[Any, Any]:
+        """The numbers in the arena of blocks `index`, -1 where there is none, and their checksums, as arrays."""
+        at = index.cpu().long().numpy()
+        if at.size and (at.max() >= self.blocks or at.min() < -1):
+            raise InputError(f"{self.name}: blocks {at.min()} to {at.max()} were asked for, {self.blocks} are here")
+        row = np.arange(len(self.table))[rows][:, None, None]
+        head = np.arange(self.table.shape[1])[:, None] if heads is None else np.asarray(heads)[:, None]
+        # a table is long, and what is looked up in it is little
+        slots, sums = (t.numpy()[row, head, at.clip(0)] for t in (self.table, self.sums))
+        if at.size and at.min() < 0:
+            slots[at < 0], sums[at < 0] = -1, 0
+        return slots, sums
 
     def _given_back(self, slots: Tensor) -> None:
         assert self.arena is not None and self.near is not None
         self.arena.release(slots)
-        self.near.forget(slots.flatten().unique())
+        self.near.forget(slots.flatten().unique().numpy())
 
     def _damaged(self, what: str) -> None:
         raise DamagedError(
             f"{self.name}: {what} read from the far tier are not what was put away (another layer's, or written over)"
         )
+
+
+def _pieces(shape: tuple[int, int, int], most: int) -> list[tuple[slice, slice, slice]]:
+    """Rows, heads and blocks that are read together, at most so many blocks at a time."""
+    B, G, K = shape
+    b = min(B, most)
+    g = min(G, most // b)
+    n = min(K, most // (b * g))
+    return [
+        (slice(r, min(r + b, B)), slice(h, min(h + g, G)), slice(a, min(a + n, K)))
+        for r in range(0, B, b)
+        for h in range(0, G, g)
+        for a in range(0, K, n)
+    ]
+
+
+def _up(numbers: Any, device: torch.device) -> Tensor:
+    """An array on the device, without waiting for it."""
+    here = torch.from_numpy(numbers)
+    return here if device.type == "cpu" else here.pin_memory().to(device, non_blocking=True)
 
 
 def _let_go(arena: Arena, held: list[Tensor]) -> None:

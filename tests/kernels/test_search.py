@@ -1,6 +1,7 @@
 """The indices against sorted lists of plain products; the graph's edges, and what it is for."""
 
 import importlib.util
+import itertools
 import math
 
 import pytest
@@ -15,7 +16,12 @@ from saccade.kernels.search.graph import Graph, _partners, _pruned, _reachable
 faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed (saccade[search])")
 EVERY = [pytest.param(kind, marks=[faiss] if kind.startswith("faiss") else []) for kind in KINDS]
 # so much sight that nothing is missed
-WIDE = {"graph": {"queue": 10_000}, "faiss-ivf": {"probes": 10_000}, "faiss-hnsw": {"queue": 10_000}}
+WIDE = {
+    "graph": {"queue": 10_000},
+    "lists": {"probes": 10_000, "stretch": 40, "each": 6},
+    "faiss-ivf": {"probes": 10_000},
+    "faiss-hnsw": {"queue": 10_000},
+}
 
 
 def drawn(n, D=8, m=20, seed=0):
@@ -40,7 +46,7 @@ def test_with_sight_enough_it_is_exact(kind, n):
         want = by_hand(keys.tolist(), q, 7)
         assert ids == want + [-1] * (7 - len(want))
     # centroids are scanned, too, and faiss counts a key again on each floor of a hierarchy (and none for a single key)
-    most = {"faiss-ivf": n + round(4 * n**0.5), "faiss-hnsw": 2 * n}.get(kind, n)
+    most = {"faiss-ivf": n + round(4 * n**0.5), "faiss-hnsw": 2 * n, "lists": n + n // 6 + 1}.get(kind, n)
     assert (kind == "faiss-hnsw" and n == 1) or 0 < found.scanned <= most
     assert made.bytes() >= keys.numel() * 4
     assert made.search(queries[:0], 3).ids.shape == (0, 3)
@@ -55,7 +61,7 @@ def test_it_finds_most(kind):
     found = made.search(queries[300:], 10).ids
     assert bool((found < 2000).all()) and bool((found >= -1).all())
     recall = (found[:, :, None] == exact[:, None]).any(1).float().mean()
-    assert recall > (0.5 if kind == "faiss-ivf" else 0.85)
+    assert recall > (0.5 if kind in ("faiss-ivf", "lists") else 0.85)
     # best first, none twice
     scores = (queries[300:, None] @ keys[found].transpose(1, 2)).squeeze(1)
     assert bool((scores[:, 1:] <= scores[:, :-1] + 1e-5).all())
@@ -185,7 +191,7 @@ def test_bad_input(monkeypatch):
         index("flat", queue=3)
     with pytest.raises(InputError, match="degree must be an int >= 1, got 0"):
         Graph(degree=0)
-    for kind in ("flat", "graph"):
+    for kind in ("flat", "graph", "lists"):
         made = index(kind)
         with pytest.raises(InputError, match="build"):
             made.search(torch.zeros(1, 4), 3)
@@ -203,3 +209,60 @@ def test_bad_input(monkeypatch):
     monkeypatch.setattr(api.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"saccade\[search\]"):
         index("faiss-hnsw")
+
+
+def test_lists_hold_every_key_once_and_scan_the_clusters_that_answer_best():
+    keys, queries = drawn(700, 8, 30)
+    lists = index("lists", each=10, probes=3, stretch=150, rounds=4)
+    lists.build(keys)
+    assert sorted(lists.ids.tolist()) == list(range(700)) and torch.equal(lists.keys, keys[lists.ids.long()])
+    bounds = lists.starts.tolist()
+    *clusters, wanted = [lists.ids[a:b].tolist() for a, b in itertools.pairwise(bounds)]
+    assert all(clusters) and wanted == [] and bounds[-1] == 700
+    for ids, mean in zip(clusters, lists.centroids, strict=True):
+        # of one stretch, and nearer to their own centroid than to any other of it
+        assert len({i // 150 for i in ids}) == 1
+        others = [c for c, those in zip(lists.centroids, clusters, strict=True) if those[0] // 150 == ids[0] // 150]
+        for i in ids:
+            assert (keys[i] - mean).norm() <= min((keys[i] - c).norm() for c in others) + 1e-5
+    found = lists.search(queries, 12)
+    for q, got in zip(queries, found.ids.tolist(), strict=True):
+        best = sorted(range(len(clusters)), key=lambda c: -float(q @ lists.centroids[c]))[:3]
+        seen = [i for c in best for i in clusters[c]]
+        want = sorted(seen, key=lambda i: -float(q @ keys[i]))[:12]
+        assert got == want + [-1] * (12 - len(want))
+    alone = [lists.search(q[None], 12).ids[0] for q in queries]
+    assert torch.equal(torch.stack(alone), found.ids)  # whoever asks beside it
+
+
+def test_lists_find_neighbours_in_the_text():
+    """The case that they are for: keys of a stretch of text are alike, and queries look for stretches."""
+    g = torch.Generator().manual_seed(3)
+    topics = torch.randn(40, 32, generator=g)
+    keys = topics.repeat_interleave(50, 0) + 0.5 * torch.randn(2000, 32, generator=g)
+    queries = topics[torch.randperm(40, generator=g)] + 0.3 * torch.randn(40, 32, generator=g)
+    lists = index("lists", each=16, probes=8, stretch=512)
+    lists.build(keys)
+    found = lists.search(queries, 30)
+    exact = (queries @ keys.T).topk(30).indices
+    recall = (found.ids[:, :, None] == exact[:, None]).any(1).float().mean()
+    assert recall > 0.9 and found.scanned < 0.2 * 2000
+
+
+def test_single_keys_that_every_query_wants_are_a_list_of_their_own():
+    """A few heavy keys among many do not move the centroids of their clusters; without them recall is poor."""
+    g = torch.Generator().manual_seed(4)
+    keys, heavy = torch.randn(3000, 32, generator=g), torch.randn(32, generator=g)
+    at = torch.randperm(3000, generator=g)[:20]
+    keys[at] += heavy
+    queries = heavy + 0.3 * torch.randn(80, 32, generator=g)
+    recall = {}
+    for taught in (True, False):
+        lists = index("lists", each=50, probes=3, stretch=1000, wanted=40)
+        lists.build(keys, queries[:60] if taught else None)
+        found = lists.search(queries[60:], 20).ids
+        exact = (queries[60:] @ keys.T).topk(20).indices
+        recall[taught] = float((found[:, :, None] == exact[:, None]).any(1).float().mean())
+        assert sorted(lists.ids.tolist()) == list(range(3000))
+        assert int(lists.starts[-1] - lists.starts[-2]) == (40 if taught else 0)
+    assert recall[True] > 0.8 and recall[False] < 0.75

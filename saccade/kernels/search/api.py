@@ -14,6 +14,7 @@ from saccade.core.errors import InputError, UnsupportedError
 KINDS: dict[str, str] = {
     "flat": "saccade.kernels.search.flat:Flat",
     "graph": "saccade.kernels.search.graph:Graph",
+    "lists": "saccade.kernels.search.lists:Lists",
     "faiss-flat": "saccade.kernels.search.libfaiss:FaissFlat",
     "faiss-ivf": "saccade.kernels.search.libfaiss:FaissIVF",
     "faiss-hnsw": "saccade.kernels.search.libfaiss:FaissHNSW",
@@ -65,7 +66,8 @@ def index(kind: str, **arguments: Any) -> Index:
     """An index by its kind, empty.
 
     Args:
-        kind: "flat" (exact), "graph" (learns from queries), "faiss-flat", "faiss-ivf", "faiss-hnsw", "faiss-nsg".
+        kind: "flat" (exact), "graph" (learns from queries), "lists" (clusters), "faiss-flat", "faiss-ivf",
+            "faiss-hnsw", "faiss-nsg".
         arguments: of its class, by name.
 
     Raises:

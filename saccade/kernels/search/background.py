@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +17,9 @@ class Indices:
 
     Args:
         kind: see `saccade.kernels.search.index`.
-        keys: [B,G,n,D]; a copy in host memory is made before this returns, so that they may change afterwards.
+        keys: [B,G,n,D]; a copy in host memory is made before this returns, so that they may change afterwards. Or what
+            gives them, asked for in the thread: they must not change while it reads them.
+        covers, rows: how many keys and rows of a batch that will be; only where `keys` is to be asked.
         queries: [B,H,m,D] to learn from, or None; heads that share a key head lie side by side.
         arguments: of the index.
 
@@ -27,10 +30,21 @@ class Indices:
         [[[[1, 2]]]]
     """
 
-    def __init__(self, kind: str, keys: Tensor, queries: Tensor | None, arguments: dict[str, Any]) -> None:
-        self.covers = keys.shape[2]
-        self._rows = list(range(keys.shape[0]))
-        keys = keys.detach().to("cpu", copy=True)
+    def __init__(
+        self,
+        kind: str,
+        keys: Tensor | Callable[[], Tensor],
+        queries: Tensor | None,
+        arguments: dict[str, Any],
+        covers: int | None = None,
+        rows: int | None = None,
+    ) -> None:
+        if isinstance(keys, Tensor):
+            covers, rows = keys.shape[2], keys.shape[0]
+            keys = keys.detach().to("cpu", copy=True)
+        assert covers is not None and rows is not None
+        self.covers = covers
+        self._rows = list(range(rows))
         queries = None if queries is None else queries.detach().to("cpu", copy=True)
         worker = ThreadPoolExecutor(1, "saccade-index")
         self._built: Future[list[list[Index]]] = worker.submit(_build, kind, keys, queries, arguments)
@@ -75,7 +89,10 @@ class Indices:
         return sum(made.bytes() for row in sorted(set(self._rows)) for made in built[row])
 
 
-def _build(kind: str, keys: Tensor, queries: Tensor | None, arguments: dict[str, Any]) -> list[list[Index]]:
+def _build(
+    kind: str, keys: Tensor | Callable[[], Tensor], queries: Tensor | None, arguments: dict[str, Any]
+) -> list[list[Index]]:
+    keys = keys if isinstance(keys, Tensor) else keys()
     B, G = keys.shape[:2]
     rows = []
     for b in range(B):
