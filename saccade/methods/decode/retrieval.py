@@ -95,12 +95,12 @@ class RetrievalAttention(Selector):
         check_kind(self.kind)
 
     def prompt(self, q: Tensor, k: Tensor, call: Call) -> None:
-        """Keep some of the prompt's queries, evenly spaced."""
+        """Keep some of the prompt's queries, evenly spaced, in host memory, where the index is built."""
         if self.kind not in LEARN:
             return
         held = self._held(call)
         old = held.get("queries")
-        mine = q.detach()[:, :, _even(q.shape[2], self.learn)]
+        mine = q.detach()[:, :, _even(q.shape[2], self.learn)].to("cpu")
         both = mine if old is None else torch.cat((old.to(mine), mine), 2)
         held["queries"] = both[:, :, _even(both.shape[2], self.learn)]
 
