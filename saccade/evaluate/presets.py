@@ -119,8 +119,9 @@ def defaults(loaded: Loaded, length: int) -> list[str]:
 def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
     """Hyperparameters of one method for a model of so many layers and prompts of about `length` tokens."""
     recent, first = max(64, length // 24), min(2, layers // 4)
-    # ten blocks of 64 at least: of 64 queries that choose together one may ask, and its block is no higher up
-    blocks = min(1.0, max(0.05, 600 / length))
+    # ten blocks of 64 at least (a fifth of short texts): of 64 queries that choose together one may ask, and its block
+    # is no higher up
+    blocks = min(0.2, max(0.05, 600 / length))
     return {
         "streaming": {"sink": 64, "recent": recent},
         "trishape": {"sink": 64, "recent": max(256, length // 64)},

@@ -35,7 +35,7 @@ def test_every_field_is_there_as_json(tiny, dense, name):
 
 
 def test_a_row_says_what_was_found(tiny, dense):
-    plan = resolve("quest", tiny, 300)
+    plan = resolve("quest@0.2", tiny, 300)
     near, found = fidelity(tiny, plan, dense), measures(tiny, plan, dense, clocked=False)
     assert found.row["waterfall"] is None and found.row["peak_bytes"] is None
     for name in ("mass", "mass_low", "output_error", "kl_answer", "kl_other", "agree_answer", "agree_other"):
