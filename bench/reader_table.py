@@ -35,13 +35,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, metavar="DIR")
     parser.add_argument("--times", nargs="+", type=Path, default=None, metavar="DIR", help="times from these alone")
+    parser.add_argument("--tasks", default="", metavar="A,B", help="only these tasks (all)")
+    parser.add_argument("--lengths", default="", metavar="N,M", help="only these lengths (all)")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(argv)
     folders = args.folders or [COMMITTED]
-    rows, failed = collect(folders, args.times)
+    tasks, lengths = args.tasks.split(","), args.lengths.split(",")
+    rows, failed = (
+        [
+            row
+            for row in found
+            if (not args.tasks or row["task"] in tasks) and (not args.lengths or str(row["length"]) in lengths)
+        ]
+        for found in collect(folders, args.times)
+    )
     command = " ".join(["python bench/reader_table.py", *map(_shown, args.folders)])
     if args.times:
         command += " --times " + " ".join(map(_shown, args.times))
+    command += f" --tasks {args.tasks}" * bool(args.tasks) + f" --lengths {args.lengths}" * bool(args.lengths)
     said = [(folder, conditions(folder)) for folder in dict.fromkeys([*folders, *(args.times or [])])]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page(rows, failed, said, command, known_reasons(WHY)), encoding="utf-8")
@@ -158,6 +169,9 @@ def page(
     parts = ["# Every method on the bundled reader", "", "## In short", ""]
     for length in lengths:
         parts += summary(_by_method(plain, length), length)
+    absent = [name for name in METHODS if phases(name) and not any(name in r["method"].split("+") for r in plain)]
+    if absent:
+        parts += [f"Not run here: {', '.join(f'`{name}`' for name in absent)}.", ""]
     fewest = min((row["n"] for row in plain if row.get("n")), default=0)
     parts += [
         f"Like dense: no more than {NEAR * 100:.0f} points below dense attention in any task ({', '.join(tasks)}). "

@@ -15,6 +15,7 @@ HELP = "one page from what eval wrote: what is gained, what is lost, plots and t
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Folders and the page."""
     parser.add_argument("folders", nargs="+", metavar="DIR", help="folders that `saccade eval --out` wrote")
+    parser.add_argument("--times", metavar="DIR", help="an evaluation run alone, for the times that rows do not have")
     parser.add_argument("--out", metavar="FILE", help="the page (report.html in the first folder)")
 
 
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> Result:
     page = Path(args.out) if args.out else Path(args.folders[0]) / "report.html"
     if page.is_dir():
         page = page / "report.html"
-    found = write_report(page, args.folders)
+    found = write_report(page, args.folders, args.times)
     for line in found.warnings:
         warn(line)
     lines = []

@@ -128,6 +128,22 @@ def test_errors_old_rows_and_budgets(writer, tmp_path):
     assert "| `quest` | 4096 | 0.25 | 1.00 |" in text and "quest@" not in text.split("## Budgets")[0]
 
 
+def test_only_some_tasks_and_lengths(writer, tmp_path):
+    rows = [
+        row(m, t, n, score=1.0 if t == "needle" else 0.1)
+        for m in ("dense", "quest")
+        for t in TASKS
+        for n in (4096, 16384)
+    ]
+    out = tmp_path / "page.md"
+    writer.main([str(folder(tmp_path / "a", rows)), "--out", str(out), "--tasks", "needle", "--lengths", "16384"])
+    text = out.read_text()
+    assert "**16384 tokens.**" in text and "**4096 tokens.**" not in text and "key-value |" not in text
+    assert "(needle)" in text and "--tasks needle --lengths 16384" in text
+    absent = next(line for line in text.splitlines() if line.startswith("Not run here: "))
+    assert "`minference`" in absent and "`quest`" not in absent
+
+
 def test_the_committed_run(writer, tmp_path):
     out = tmp_path / "page.md"
     writer.main(["--out", str(out)])

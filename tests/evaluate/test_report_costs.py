@@ -5,9 +5,17 @@ import math
 import pytest
 from report_pages import Page, row
 
+from saccade.core.errors import FileError
 from saccade.evaluate.report.budgets import Spent, budgets, parted
 from saccade.evaluate.report.folder import read_folders
-from saccade.evaluate.report.pictures import MAPS, budget_pictures, head_pictures, look_of, stack_pictures
+from saccade.evaluate.report.pictures import (
+    MAPS,
+    budget_pictures,
+    head_pictures,
+    look_of,
+    pareto_pictures,
+    stack_pictures,
+)
 from saccade.evaluate.report.report import write_report
 from saccade.evaluate.report.stack import PARTS, WIDTH
 
@@ -126,3 +134,33 @@ def test_it_pays_from_where_the_times_cross(evaluation, tmp_path):
     assert quest == ["quest", "2,048", "not up to 16,384"] and duo[:2] == ["duo", "1,024 or less"]
     short = Page(write_report(tmp_path / "s.html", [evaluation(tmp_path / "b", rows[:1] + rows[3:4])]).page)
     assert "pays" not in short.tables
+
+
+def test_times_of_another_run_fill_what_is_missing(evaluation, tmp_path):
+    bare = {"ttft": None, "tpot": None, "waterfall": None}
+    rows = [row("dense", 1.0, **bare), row("quest", 1.0, **bare), row("quest", 1.0, task="kv", **bare)]
+    rows += [row("duo", 1.0, ttft=0.7)]
+    timed = [
+        row("dense", 0.0, ttft=2.0, waterfall=waterfall(0, 1, 0, 1)),
+        row("quest", 0.0, ttft=1.0),
+        row("duo", 0, ttft=9.0),
+    ]
+    scores, times = evaluation(tmp_path / "a", rows), evaluation(tmp_path / "b", timed)
+    found = write_report(tmp_path / "r.html", [scores], times)
+    table = {tuple(line[:2]): line for line in Page(found.page).tables["rows"][1:]}
+    assert table["quest", "needle"][4].startswith("1.00") and table["quest", "needle"][6] == "1.00 s|2.00x"
+    # nothing is made up for another task, and nothing is replaced
+    assert table["quest", "kv"][6] == "-" and table["duo", "needle"][6].startswith("700 ms")
+    assert "Where the time goes" in Page(found.page).text
+    with pytest.raises(FileError, match="dtype bfloat16"):
+        write_report(tmp_path / "no.html", [scores], evaluation(tmp_path / "c", timed, dtype="bfloat16"))
+    assert not (tmp_path / "no.html").exists()
+
+
+def test_a_task_that_few_finished_does_not_empty_the_picture(evaluation, tmp_path):
+    rows = [row(name, 1.0) for name in ("dense", "quest", "duo", "tidal")] + [row("dense", 0.5, task="kv")]
+    (folder,) = read_folders([evaluation(tmp_path / "a", rows)])
+    picture = next(pareto_pictures(folder))
+    hints = [shape[5] for shape in picture.drawing.shapes if shape[0] == "dot"]
+    assert [hint.split(":")[0] for hint in hints] == ["dense", "quest", "duo", "tidal"] and "dense: 1.00" in hints[0]
+    assert "kv (few did it)" in picture.caption

@@ -127,6 +127,14 @@ def test_units_where_lower_is_better(evaluation, tmp_path):
     assert any("tidal 1.41 (+0.010, 95 % no interval" in text for text in summary.lose)
 
 
+def test_where_it_is_slower_is_said_by_method(evaluation, tmp_path):
+    rows = [row("dense", 1.0, length=length) for length in (1024, 2048, 4096)]
+    rows += [row("quest", 1.0, length=length, ttft=3.0) for length in (1024, 2048, 4096)]
+    rows += [row("duo", 1.0, length=length, ttft=ttft) for length, ttft in ((1024, 3.0), (2048, 2.5), (4096, 1.0))]
+    limits = summarize(read_folders([evaluation(tmp_path / "a", rows)])[0]).limits
+    assert "Slower to the first token than dense: quest at every length; duo at 1,024 and 2,048 tokens." in limits
+
+
 def test_controls(evaluation, tmp_path):
     def limits(*rows):
         return " ".join(summarize(read_folders([evaluation(tmp_path / "a", [row("dense", 1.0), *rows])])[0]).limits)

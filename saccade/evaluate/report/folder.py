@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,27 @@ def read_folder(path: Path, name: str = "") -> Folder:
         conditions=_conditions(path / samples.CONDITIONS),
         warnings=warnings,
     )
+
+
+TIMED = ("ttft_s", "tpot_s", "waterfall", "peak_bytes")
+
+
+def with_times(folder: Folder, timed: Folder) -> Folder:
+    """The same evaluation with times of another one in rows that have none: scores of many workers, times of one.
+
+    Raises:
+        FileError: the other one is of another model, number format or kind of device.
+    """
+    for key in ("model", "dtype", "device"):
+        ours, theirs = (str(f.config.get(key)).split(":")[0] for f in (folder, timed))
+        if ours != theirs:
+            raise FileError(f"{timed.path}: its times are of {key} {theirs}, {folder.path} is of {ours}; give another")
+    rows = []
+    for row in folder.rows:
+        other = timed.by_cell.get(cell_of(row))
+        gaps = {} if other is None else {key: other.get(key) for key in TIMED if row.get(key) is None}
+        rows.append(row | gaps)
+    return replace(folder, rows=rows, conditions=[*folder.conditions, *timed.conditions])
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,10 +191,11 @@ def _parts(folder: Folder, method: str, length: int, phase: str) -> dict[str, fl
 
 
 def _points(folder: Folder, length: int, key: str) -> tuple[list[Point], list[str]]:
-    """Methods that finished all tasks that any method finished at this length, and those that did not."""
+    """Methods that finished all tasks that at least half of them finished at this length; and what is left out."""
     rows = [row for row in folder.rows if row["length"] == length and is_share(row)]
-    places: list[Place] = list(dict.fromkeys((row["task"], length) for row in rows))
-    found, left_out = [], []
+    here = Counter(row["task"] for row in rows)
+    places: list[Place] = [(task, length) for task, count in here.items() if 2 * count >= max(here.values())]
+    found, left_out = [], [f"{task} (few did it)" for task in here if (task, length) not in places]
     for method in folder.methods:
         side = Side(folder, method)
         cost = average(side, places, key)

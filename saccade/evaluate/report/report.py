@@ -15,7 +15,7 @@ from urllib.parse import quote
 from saccade.core.errors import UnsupportedError
 from saccade.evaluate.files import write_whole
 from saccade.evaluate.report.drawing import looks_css
-from saccade.evaluate.report.folder import ASKED, Folder, read_folders
+from saccade.evaluate.report.folder import ASKED, Folder, read_folders, with_times
 from saccade.evaluate.report.heat import CROSS, DASH
 from saccade.evaluate.report.ideas import idea
 from saccade.evaluate.report.nearness import nearness_table, pays_table
@@ -65,18 +65,26 @@ class Written:
         }
 
 
-def write_report(page: str | os.PathLike[str], paths: Sequence[str | os.PathLike[str]]) -> Written:
+def write_report(
+    page: str | os.PathLike[str],
+    paths: Sequence[str | os.PathLike[str]],
+    times: str | os.PathLike[str] | None = None,
+) -> Written:
     """Read evaluations and write their report; files are whole or not there.
 
     Args:
         page: the HTML file; pictures go to a folder beside it that ends in "-plots".
         paths: folders that `saccade eval` wrote.
+        times: folder of an evaluation whose times stand in for those that rows do not have.
 
     Raises:
         FileError: a folder that holds no evaluation, or rows that cannot be read; nothing is written then.
     """
     target = Path(page).resolve()
     folders = read_folders(paths)
+    if times is not None:
+        (timed,) = read_folders([times])
+        folders = [with_times(folder, timed) for folder in folders]
     summaries = {folder.name: summarize(folder) for folder in folders}
     warnings = [*mixed(folders), *(line for folder in folders for line in folder.warnings)]
     said = compared(folders)

@@ -114,24 +114,25 @@ def _scores(side: Side, dense: Side, said: Summary, quiet: list[tuple[str, Diffe
 
 
 def _measured(methods: Sequence[Side], dense: Side, said: Summary) -> None:
-    """Scores with a unit of their own: a task at its longest length, those within the interval in one sentence."""
-    quiet: dict[Place, list[str]] = {}
+    """Scores with a unit of their own, at the longest length of each task: a sentence for those that are better, one
+    for those that are worse, one for those within the interval."""
+    found: dict[Place, dict[str, list[str]]] = {}
     for side in methods:
         longest: dict[str, Place] = {}
         for place in shared(side, dense):
             if not is_share(_row(side, place)):
                 longest[place[0]] = max(place, longest.get(place[0], place), key=lambda place: place[1])
         for place in longest.values():
-            row, found = _row(side, place), difference(side, dense, [place])
-            assert found is not None
-            text = f"{side.method} {row['score']:.4g} ({found.told()})"
-            worse = found.delta > 0 if lower_is_better(row) else found.delta < 0
-            if found.sure:
-                (said.lose if worse else said.gain).append(f"{_unit(dense, place)}: {text}.")
-            else:
-                quiet.setdefault(place, []).append(text)
-    for place, texts in quiet.items():
-        said.lose.append(f"{_unit(dense, place)}; within the interval: {'; '.join(texts)}.")
+            row, one = _row(side, place), difference(side, dense, [place])
+            assert one is not None
+            worse = one.delta > 0 if lower_is_better(row) else one.delta < 0
+            kind = "quiet" if not one.sure else "worse" if worse else "better"
+            text = f"{side.method} {row['score']:.4g} ({one.told()})"
+            found.setdefault(place, {}).setdefault(kind, []).append(text)
+    for place, kinds in found.items():
+        for kind, texts in kinds.items():
+            doubt = "; within the interval" if kind == "quiet" else ""
+            (said.gain if kind == "better" else said.lose).append(f"{_unit(dense, place)}{doubt}: {'; '.join(texts)}.")
 
 
 def _unit(dense: Side, place: Place) -> str:
@@ -181,14 +182,9 @@ def _limits(folder: Folder, methods: Sequence[Side], dense: Side, said: Summary)
             "more (95 %). Single cells are not corrected for how many of them are looked at."
         )
     _each(methods, dense, said, "no memory", lambda side, places: (share_of(side, dense, places) or 0) > 1 - SAME)
-    slower = [
-        f"{side.method} at {tokens(length)}"
-        for side in methods
-        for length in folder.lengths
-        if (found := faster(side, dense, [p for p in shared(side, dense) if p[1] == length])) and found.times < 1 - SAME
-    ]
+    slower = list(filter(None, (_slower(side, dense) for side in methods)))
     if slower:
-        add(f"Slower to the first token than dense: {several(slower)} tokens.")
+        add(f"Slower to the first token than dense: {'; '.join(slower)}.")
     kept = [(mass, side.method) for side in methods if (mass := average(side, _all(side), "mass")) is not None]
     if kept and min(kept)[0] < 0.95:
         mass, name = min(kept)
@@ -202,6 +198,20 @@ def _limits(folder: Folder, methods: Sequence[Side], dense: Side, said: Summary)
         f"{tasks} {'task' if tasks == 1 else 'tasks'} and {lengths} {'length' if lengths == 1 else 'lengths'}; not for "
         "other models, tasks or machines."
     )
+
+
+def _slower(side: Side, dense: Side) -> str:
+    """A method and the lengths at which it is slower, in words; "" where it is at none."""
+    by_length: dict[int, list[Place]] = {}
+    for place in shared(side, dense):
+        by_length.setdefault(place[1], []).append(place)
+    times = {length: faster(side, dense, places) for length, places in sorted(by_length.items())}
+    timed = [length for length, found in times.items() if found is not None]
+    slow = [length for length in timed if (found := times[length]) is not None and found.times < 1 - SAME]
+    if not slow:
+        return ""
+    every = "at every length" if len(slow) == len(timed) > 1 else f"at {several([tokens(x) for x in slow])} tokens"
+    return f"{side.method} {every}"
 
 
 def _against_window(folder: Folder, methods: Sequence[Side], said: Summary) -> None:
