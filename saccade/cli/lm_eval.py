@@ -37,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Evaluate what is not there yet, print the table, write it."""
-    from saccade.evaluate.files import write_whole
+    from saccade.core.files import write_whole
     from saccade.evaluate.harness import Ask
     from saccade.evaluate.harness import run as evaluate
     from saccade.evaluate.presets import DENSE, names_of

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from saccade.core.errors import FileError, InputError, UnsupportedError
+from saccade.core.files import write_whole
 from saccade.core.plan import Plan
-from saccade.evaluate.files import write_whole
 from saccade.evaluate.model import READER, Loaded
 from saccade.evaluate.presets import DENSE, resolve
 from saccade.hf.attach import attach

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from saccade.core.errors import FileError, InputError
+from saccade.core.files import write_whole
 from saccade.evaluate import headmap
 from saccade.evaluate.cells import (
     FIELDS,
@@ -34,7 +35,6 @@ from saccade.evaluate.cells import (
     measure_packed,
 )
 from saccade.evaluate.crew import Crew, told
-from saccade.evaluate.files import write_whole
 from saccade.evaluate.model import Loaded
 from saccade.evaluate.presets import resolve
 from saccade.evaluate.samples import Cell

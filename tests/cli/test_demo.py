@@ -1,33 +1,23 @@
 import json
-from html.parser import HTMLParser
 
 import pytest
+from report_pages import Nested
 
 ROW = ["method", "exact", "asked", "ttft_s", "tpot_s", "kv_bytes", "density"]
 
 
-class Page(HTMLParser):
-    """Counts what the tests look at, and checks that tags close in order."""
+class Page(Nested):
+    """Counts what the tests look at."""
 
     void = ("meta", "br", "img", "image", "rect", "path", "hr", "link")
 
     def __init__(self):
         super().__init__()
-        self.open, self.count, self.links, self.text = [], {}, [], []
+        self.count, self.links, self.text = {}, [], []
 
-    def handle_starttag(self, tag, attrs):
+    def start(self, tag, attrs):
         self.count[tag] = self.count.get(tag, 0) + 1
         self.links += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
-        if tag not in self.void:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in self.void:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
     def handle_data(self, data):
         self.text.append(data)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import torch
+import tiny_model
 
 from saccade.evaluate.model import Loaded
 from saccade.reader import path
@@ -36,24 +36,10 @@ def tokenizer(request):
 
 @pytest.fixture(scope="module")
 def tiny():
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=2048,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        attn_implementation="sdpa",
-    )
-    return Loaded("tiny", LlamaForCausalLM(config).eval(), AutoTokenizer.from_pretrained(str(path())))
+    model = tiny_model.model(attn_implementation="sdpa")
+    return Loaded("tiny", model, AutoTokenizer.from_pretrained(str(path())))
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 import json
 import os
 import pickle
-import shutil
 import signal
 from collections import deque
 from functools import partial
 
 import pytest
+import tiny_model
 import torch
 
 from saccade.core.errors import InputError
@@ -18,7 +18,6 @@ from saccade.evaluate.model import load
 from saccade.evaluate.report.folder import read_folder
 from saccade.evaluate.run import Ask, Store, run
 from saccade.evaluate.samples import FILE as SAMPLES
-from saccade.reader.books import DATA
 
 METHODS, TASKS = ("dense", "streaming", "quest"), ("copy-perplexity", "needle", "kv")
 UNTIMED = ("ttft_s", "tpot_s", "waterfall", "peak_bytes")
@@ -27,29 +26,7 @@ UNTIMED = ("ttft_s", "tpot_s", "waterfall", "peak_bytes")
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A tiny model in a folder, so that other processes can load it, too."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
-
-    folder = tmp_path_factory.mktemp("small")
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=2048,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DATA / name, folder / name)
-    return load(str(folder), device="cpu")
+    return load(tiny_model.save(tmp_path_factory.mktemp("small"), num_hidden_layers=2), device="cpu")
 
 
 @pytest.fixture

@@ -33,18 +33,39 @@ def lines(method, scores, task="needle", length=4096, depths=None, prompt="p", t
     ]
 
 
-class Page(HTMLParser):
-    """The cells of each table, all text, all links; tags must close in order."""
+class Nested(HTMLParser):
+    """Tags must close in the order they were opened; `start` takes note of one."""
+
+    void: tuple[str, ...] = ()
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    def handle_starttag(self, tag, attrs):
+        self.start(tag, attrs)
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.start(tag, attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+class Page(Nested):
+    """The cells of each table, all text, all links."""
 
     void = ("meta", "input")
 
     def __init__(self, path):
         super().__init__()
-        self.open, self.tags, self.tables, self.links, self.words = [], [], {}, [], []
+        self.tags, self.tables, self.links, self.words = [], {}, [], []
         self.feed(path.read_text(encoding="utf-8"))
         assert self.open == []
 
-    def handle_starttag(self, tag, attrs):
+    def start(self, tag, attrs):
         attrs = dict(attrs)
         self.tags.append(tag)
         self.links += [attrs[name] for name in ("src", "href", "srcset", "action") if name in attrs]
@@ -55,16 +76,6 @@ class Page(HTMLParser):
             self.table.append([])
         elif tag in ("th", "td"):
             self.table[-1].append("")
-        if tag not in self.void:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in self.void:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
     def handle_data(self, data):
         if self.open and self.open[-1] not in ("style", "script"):

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from saccade.core.files import write_whole
 from saccade.evaluate.demo import Demo, Shown
-from saccade.evaluate.files import write_whole
 from saccade.evaluate.report.ideas import idea
 from saccade.evaluate.report.image import figure
 from saccade.evaluate.report.panels import KEPT, MASS, READ, kept_panel, prefill_panel, reading

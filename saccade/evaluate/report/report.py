@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from saccade.core.errors import UnsupportedError
-from saccade.evaluate.files import write_whole
+from saccade.core.files import write_whole
 from saccade.evaluate.report.drawing import looks_css
 from saccade.evaluate.report.folder import ASKED, Folder, read_folders, with_times
 from saccade.evaluate.report.heat import CROSS, DASH
