@@ -15,11 +15,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: venv  ## the main job: a book with planted facts, dense against sparse
 	$(BIN)/saccade demo
 
-test: venv  ## all tests, with the examples in the docstrings
-	$(BIN)/python -m pytest
+test: venv  ## all tests, with the examples in the docstrings, two at a time with a thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: lint  ## what every push must pass, in about two minutes
-	$(BIN)/python -m pytest -x -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -x -m 'not slow'
 
 lint: venv  ## format, lint, types
 	$(BIN)/ruff format --check saccade tests bench conftest.py
