@@ -6,9 +6,11 @@ one counts.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from saccade.evaluate.tasks.base import Sample
 
 FILE = "samples.jsonl"
+PACKED = f"{FILE}.gz"  # the same, as `gzip` leaves it, of an evaluation that is kept and not continued
 CONDITIONS = "conditions.jsonl"  # a line for each time that cells were run: machine, software, command
 Cell = tuple[str, str, int]  # method, task, length
 
@@ -79,10 +82,18 @@ def read(folder: Path) -> dict[Cell, list[dict[str, Any]]]:
         FileError: the file holds something else than lines of samples.
     """
     path = folder / FILE
+    packed = folder / PACKED
     found: dict[Cell, dict[int, dict[str, Any]]] = {}
-    if not path.exists():
+    if path.exists():
+        whole = path.read_bytes()
+    elif packed.exists():
+        try:
+            whole = gzip.decompress(packed.read_bytes())
+        except (OSError, EOFError, zlib.error) as error:
+            raise FileError(f"{packed}: not readable as gzip ({error})") from None
+    else:
         return {}
-    for at, text in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")):
+    for at, text in enumerate(whole.decode("utf-8", errors="replace").split("\n")):
         try:
             line = json.loads(text)
         except ValueError:

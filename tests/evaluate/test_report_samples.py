@@ -1,5 +1,6 @@
 """The file of single samples: written by the runner, read again, whatever a crash left."""
 
+import gzip
 import json
 
 import pytest
@@ -46,3 +47,16 @@ def test_other_content_is_an_error(tmp_path, bad):
 
 def test_no_file_no_samples(tmp_path):
     assert samples.read(tmp_path) == {}
+
+
+def test_a_packed_file_reads_the_same(tmp_path):
+    text = "".join(json.dumps(line(index=at)) + "\n" for at in range(3)).encode()
+    (tmp_path / samples.FILE).write_bytes(text)
+    plain = samples.read(tmp_path)
+    (tmp_path / samples.FILE).unlink()
+    packed = tmp_path / samples.PACKED
+    packed.write_bytes(gzip.compress(text))
+    assert samples.read(tmp_path) == plain and len(next(iter(plain.values()))) == 3
+    packed.write_bytes(gzip.compress(text)[:-12])
+    with pytest.raises(FileError, match="not readable as gzip"):
+        samples.read(tmp_path)

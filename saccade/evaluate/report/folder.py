@@ -64,7 +64,7 @@ class Folder:
 
     def files(self) -> list[Path]:
         """The raw files that are there."""
-        known = ("rows.jsonl", "config.json", samples.FILE, "heads.jsonl", samples.CONDITIONS)
+        known = ("rows.jsonl", "config.json", samples.FILE, samples.PACKED, "heads.jsonl", samples.CONDITIONS)
         return [self.path / name for name in known if (self.path / name).is_file()]
 
 
