@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saccade.core.errors import FileError, SaccadeError, SpaceError
+from saccade.core.lasting import lasting
 from saccade.kernels import transfer
 
 LEAST = 16  # blocks in a slab, at least
@@ -33,6 +34,7 @@ class Arena:
         limit: bytes that may be used, None = what there is.
     """
 
+    @lasting
     def __init__(
         self, block: int, width: int, dtype: torch.dtype, folder: str | None, pinned: bool, limit: int | None
     ) -> None:
@@ -149,6 +151,8 @@ class Arena:
             parts.append((self.slabs[number], number, slots[mine] - self.starts[number], mine))
         return parts
 
+    # blocks are given back whenever a cache is collected, in whatever mode that happens
+    @lasting
     def _grow(self, missing: int) -> None:
         held = len(self.owners)
         room = max(missing, LEAST, held // 8)

@@ -12,6 +12,7 @@ from saccade.cache.tier import Coming, Tier
 from saccade.core.call import Call
 from saccade.core.pattern import Blocks
 from saccade.kernels.attend import attend
+from saccade.kernels.attend.tile import training
 from saccade.kernels.merge import Out, merge
 
 KEY = "far"
@@ -78,7 +79,8 @@ def chosen(q: Tensor, index: Tensor, far: Far, call: Call, coming: Coming | None
     """Attention to far blocks where they lie in the cache of blocks on the device, without a copy.
 
     A few queries read blocks that all have a place in the cache, and what they need is mostly there already. For more
-    blocks, and for many queries, the cache is read in halves: one is attended to while the other arrives.
+    blocks, and for many queries, the cache is read in halves: one is attended to while the other arrives. Where
+    gradients are asked for it is the same, but in copies that live until the backward pass.
 
     Args:
         q: queries of the call, all of which read the same blocks of their key head.
@@ -88,7 +90,7 @@ def chosen(q: Tensor, index: Tensor, far: Far, call: Call, coming: Coming | None
     Shapes:
         q [B,H,N,D], index [B,G,K] -> Out(o [B,H,N,Dv], lse [B,H,N])
     """
-    few = call.shape.N <= PACKED and index.numel() <= far.tier.places
+    few = call.shape.N <= PACKED and index.numel() <= far.tier.places and not training(q)
     return seen_by(_placed(q, index, far, call, coming) if few else _swept(q, index, far, call), call)
 
 
@@ -125,6 +127,9 @@ def _swept(q: Tensor, index: Tensor, far: Far, call: Call) -> Out:
     found: dict[tuple[int, int], Out] = {}
     for rows, heads, _, k, v in far.tier.sweep(index, heads=far.key_heads(call)):
         mine = q[rows, heads.start * share : heads.stop * share]
+        if training(q):
+            # a backward pass asks for them when other blocks have long taken their places
+            k, v = k.clone(), v.clone()
         out = attend(mine, k, v, None, _all_seen(mine, k, call))
         at = (rows.start, heads.start)
         found[at] = merge([found[at], out]) if at in found else out

@@ -10,6 +10,7 @@ from torch import Tensor
 from saccade.cache.store import Keeper, Store
 from saccade.core.call import Filled
 from saccade.core.errors import UnsupportedError
+from saccade.core.lasting import lasting
 
 
 class Place:
@@ -163,6 +164,7 @@ class Fixed:
             stretch.k.index_copy_(2, slot, mine[0])
             stretch.v.index_copy_(2, slot, mine[1])
 
+    @lasting
     def close(self, steps: int) -> None:
         """Give the store back with so many tokens more."""
         if not 0 <= steps <= self.room:

@@ -14,6 +14,7 @@ from torch import Tensor
 from saccade.cache.arena import Arena
 from saccade.cache.cap import Cap
 from saccade.core.errors import InputError
+from saccade.core.lasting import lasting
 from saccade.kernels import transfer
 
 Ints = NDArray[np.int64]
@@ -52,6 +53,8 @@ class Near:
         name: said in errors.
     """
 
+    # a thread writes into it, and a thread is in no mode
+    @lasting
     def __init__(self, arena: Arena, device: torch.device, cap: Cap, budget: int, name: str = "tier") -> None:
         self.arena, self.device, self.cap, self.name = arena, device, cap, name
         self.data = torch.zeros(0, arena.block, arena.width, dtype=arena.dtype, device=device)
@@ -163,6 +166,7 @@ class Near:
             self._worker.shutdown()
             self._worker = None
 
+    @lasting
     def _make(self, size: int) -> None:
         self.settle()
         self.place.fill(-1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from saccade.core.call import Call
 from saccade.core.clock import Clock, lap
 from saccade.core.errors import InputError
+from saccade.core.lasting import lasting
 
 ROOM = 64  # slots added beyond what is needed
 DRAFT = 16  # so many tokens may be taken back after an eviction that saw them: a policy by recency keeps as many more
@@ -246,6 +247,7 @@ class Store:
         self._asked: list[Tensor] | None = None  # queries of a short call, whose eviction waits for a crop
         self._cut: list[int] = []  # real tokens per row when something was last evicted
 
+    @lasting
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Add tokens k [B,G,n,D], v [B,G,n,Dv]; valid [B,n] is False where a row is padded.
 
@@ -297,7 +299,10 @@ class Store:
 
     def views(self, rows: slice | None = None) -> list[View]:
         """What each group holds for a set of rows."""
-        return [group.view(self.row_sets()[0] if rows is None else rows) for group in self.groups]
+        rows = self.row_sets()[0] if rows is None else rows
+        held = [group.view(rows) for group in self.groups]
+        # in a ragged batch one row may have lost tokens while another still has all of its own
+        return [v._replace(pos=None, bias=None) if v.k.shape[2] == self.seen[rows.start] else v for v in held]
 
     def memory_of(self, rows: slice) -> dict[str, Any]:
         """The methods' memory for a set of rows."""
@@ -310,10 +315,12 @@ class Store:
         the next call, so that a crop in between (rejected draft tokens) takes nothing away that should have stayed.
         """
         if any(group.policy is not None for group in self.groups):
-            self._asked = q
+            # those that wait may be read in another mode than the one that the model made them in
+            self._asked = [lasting(torch.clone)(t) if t.is_inference() and not now else t for t in q]
             if now:
                 self.settle(clock)
 
+    @lasting
     def settle(self, clock: Clock | None = None) -> None:
         """Let the policies evict what the last call no longer needs."""
         if self._asked is None:
@@ -362,6 +369,7 @@ class Store:
             ]
             self._asked = left if all(q.shape[2] for q in left) else None
 
+    @lasting
     def select(self, index: Tensor) -> None:
         """Rows index [B'] of the batch become the batch: beam reordering, repeats, selections."""
         if not self.seen:
@@ -380,6 +388,7 @@ class Store:
         self.seen, self._cut = [self.seen[i] for i in at], [self._cut[i] for i in at]
         self.valid = None if self.valid is None else self.valid.index_select(0, index.to(self.valid.device))
 
+    @lasting
     def fork(self) -> Store:
         """A store that goes on from here by itself: keys, values, and what the methods and policies remember.
 

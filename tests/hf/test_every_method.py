@@ -11,42 +11,17 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers as tf
+from every_method import ALL, each_of, make, plan_of, tokens
 
 from saccade import Assign, Plan, attach
 from saccade.core.errors import PlanError
 from saccade.core.table import METHODS, find
 from saccade.evaluate.presets import preset
-from saccade.methods.base import Attention, CachePolicy, Layer
-from saccade.testing import instances
+from saccade.methods.base import Attention, CachePolicy
 
-TINY = dict(
-    hidden_size=64,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=16,
-    vocab_size=61,
-    max_position_embeddings=1024,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=None,
-    # scores that differ, so that what a method leaves out is missed, but no softmax of exactly 1: ties fall either way
-    initializer_range=0.2,
-)
 HYBRID = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-ALL = {name: method for name, method in instances().items() if not isinstance(method, Layer)}
 FITTED = ("duo", "razor", "moa", "seer")  # no preset for a model that nothing was fitted for
-# one instance of each method in the quick run; of these two the one that builds no graph and reads in larger pieces
-SLOW = {name for name in ALL if "-" in name} - {"retrieval-flat", "offload-no_sink"} | {"retrieval", "offload"}
-every_method = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ALL]
-)
-
-
-def make(cls, config, **more):
-    torch.manual_seed(0)
-    return cls(config(**{**TINY, **more})).double().eval()
+every_method = each_of(ALL)
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +44,6 @@ def copied(llama):
 @pytest.fixture(scope="module")
 def hybrid():
     return make(tf.Gemma3ForCausalLM, tf.Gemma3TextConfig, sliding_window=24, layer_types=HYBRID)
-
-
-def plan_of(name, model):
-    method = ALL[name]
-    return Plan.uniform(model, **{phase: method for phase in method.phases})
-
-
-def tokens(rows, length, seed=0):
-    return torch.randint(3, 61, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def feed(model, cache, ids, cuts=()):
@@ -290,3 +256,28 @@ def test_beside_a_policy_a_method_works_or_is_refused_when_attached(llama, name,
         assert feed(llama, cache, ids, (110, 111, 112)).isfinite().all()
         held = [group.lengths[0] for layer in cache.layers for group in layer.store.groups]
         assert max(held) < 120
+
+
+def tensors(held):
+    """All tensors that a memory holds, in whatever."""
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, (dict, list, tuple)):
+        for item in held.values() if isinstance(held, dict) else held:
+            yield from tensors(item)
+    elif hasattr(held, "__dict__"):
+        yield from tensors(vars(held))
+
+
+@every_method
+def test_what_is_remembered_holds_no_more_than_it_says(llama, name):
+    """A slice of a prompt's queries, kept, keeps all of them."""
+    with attach(llama, plan_of(name, llama)) as session:
+        cache = session.cache(400)
+        for more in (tokens(1, 400), tokens(1, 3)):
+            feed(llama, cache, more, range(1, 3) if more.shape[1] == 3 else ())
+            for layer in cache.layers:
+                for held in tensors(layer.store.memory):
+                    mine, whole = held.numel() * held.element_size(), held.untyped_storage().nbytes()
+                    # room to grow, and two halves of one computation, are no prompt
+                    assert whole <= 2 * mine + 4096, (held.shape, whole)

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from saccade.core.errors import InputError, UnsupportedError
+from saccade.core.lasting import lasting
 from saccade.kernels.scan import chunked, reference
 
 Impl = Literal["auto", "reference", "chunked", "triton"]
 
 
+# the state goes on in other calls, and where gradients are asked for it is kept for the backward pass
+@lasting
 def scan(
     q: Tensor,
     k: Tensor,
