@@ -10,7 +10,9 @@ from torch import Tensor
 
 from saccade.cache.fixed import Fixed, Place
 from saccade.core.errors import InputError, UnsupportedError
+from saccade.core.lasting import lasting
 from saccade.hf.cache import SaccadeCache, StoreLayer
+from saccade.kernels.here import on
 
 
 class Captured(NamedTuple):
@@ -39,7 +41,8 @@ class Steps:
         graph: None = capture on a GPU.
 
     Raises:
-        UnsupportedError: layers that the plan does not serve, ragged rows, or a method that needs the host.
+        UnsupportedError: layers that the plan does not serve, ragged rows, a method that needs the host, or a model
+            that is spread over several devices.
         InputError: a cache that is not the session's, or more steps than there was room for.
 
     Example:
@@ -51,6 +54,7 @@ class Steps:
                     token = step(token)[:, -1:].argmax(-1)
     """
 
+    @lasting
     def __init__(self, session: Any, cache: SaccadeCache, room: int, graph: bool | None = None) -> None:
         if room < 1:
             raise InputError(f"steps: room must be >= 1, got {room}")
@@ -60,18 +64,21 @@ class Steps:
         if not all(layer.store.seen for layer in layers):
             raise InputError("steps: the cache is empty; run the prompt through the model first")
         self._layers, self._model, self.room = layers, session.model, room
-        device = next(session.model.parameters()).device
+        self._device = device = _device_of(session.model)
         self._seen, rows = layers[0].store.seen[0], len(layers[0].store.seen)
         self._place = Place(self._seen, device)
         self._cache = cache
         self._graphs: dict[Any, Captured] = {}
         self._token = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._captures = device.type == "cuda" if graph is None else graph
+        self._side: Any = None
         try:
             for layer in layers:
                 layer.fixed = Fixed(layer.store, room, self._place)
             if self._captures:
                 self._check()
+                # all graphs are captured on one stream: only then do they share their memory
+                self._side = torch.cuda.Stream(device)
                 # methods make their memory ready, and say which kinds of step there are
                 self._rehearse(1)
                 self._captured()
@@ -96,8 +103,9 @@ class Steps:
             raise InputError(f"steps: there was room for {self.room} tokens; close() and make new steps")
         self._token.copy_(token)
         if self._captures:
-            step = self._captured()
-            step.graph.replay()
+            with on(self._device):
+                step = self._captured()
+                step.graph.replay()
             out = step.out
             for layer, asked in zip(self._layers, step.asked, strict=True):
                 layer.fixed.asked = asked
@@ -150,17 +158,32 @@ class Steps:
         if kind not in self._graphs:
             pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
             self._rehearse(2)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                out = self._forward()
+            # a graph belongs to the device that is the current one, and without a stream to the first that captured
+            with on(self._device):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=self._side):
+                    out = self._forward()
             self._graphs[kind] = Captured(graph, out, [layer.fixed.asked for layer in self._layers])
         return self._graphs[kind]
 
     def _rehearse(self, times: int) -> None:
         """Compile and allocate outside of a capture; what is written goes where the step itself writes it again."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(times):
-                self._forward()
-        torch.cuda.current_stream().wait_stream(side)
+        with on(self._device):
+            now = torch.cuda.current_stream(self._device)
+            self._side.wait_stream(now)
+            with torch.cuda.stream(self._side):
+                for _ in range(times):
+                    self._forward()
+            now.wait_stream(self._side)
+
+
+def _device_of(model: Any) -> torch.device:
+    """Where the model is."""
+    devices = {weights.device for weights in model.parameters()}
+    if len(devices) > 1:
+        named = ", ".join(sorted(map(str, devices)))
+        raise UnsupportedError(
+            f"steps: the model is spread over {named}, and the place of the next token is a number on one device; "
+            "decode without steps, or load the model onto one device"
+        )
+    return devices.pop()

@@ -7,14 +7,17 @@ from torch import Tensor
 
 from saccade.core.call import Call
 from saccade.core.pattern import per_head
+from saccade.kernels.select import on_gpu
 
 TILE = 1 << 22  # scores held at a time
+KERNEL = 64  # queries from which on the kernel is worth its launches
 
 
 def key_mass(q: Tensor, k: Tensor, call: Call) -> Tensor:
     """The weights that all queries of a call give each key under dense attention, summed over the queries.
 
-    N x M scores are formed, TILE of them at a time: as dear as the first half of dense attention, in any store.
+    N x M scores are formed, TILE of them at a time: as dear as the first half of dense attention, in any store. On a
+    GPU a prompt in a store without holes goes through a kernel that forms them twice and writes none.
 
     Args:
         q: queries.
@@ -29,6 +32,15 @@ def key_mass(q: Tensor, k: Tensor, call: Call) -> Tensor:
         >>> key_mass(q, k, Call.of(q, k)).flatten().tolist()
         [1.5, 0.5]
     """
+    B, H, G, N, M = call.shape
+    if N >= KERNEL and call.contiguous and on_gpu(q, k, width=q.shape[3]):
+        from saccade.kernels.select import triton_key_mass
+
+        return triton_key_mass.key_mass(q, k, call)
+    return _mass(q, k, call)
+
+
+def _mass(q: Tensor, k: Tensor, call: Call) -> Tensor:
     B, H, G, N, M = call.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     q_pos, k_pos = call.positions(q.device)

@@ -6,12 +6,12 @@ the host would be one call for each block, or a gather in host memory before.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from saccade.kernels.here import here
 
 CHUNK = 2048  # words of a step
 
@@ -33,6 +33,7 @@ def _bring(addresses, places, target, sums, W, CHUNK: tl.constexpr):
     tl.store(sums + place, tl.sum(total, 0))
 
 
+@here
 def bring(addresses: Tensor, places: Tensor, target: Tensor, sums: Tensor) -> None:
     """Blocks at addresses [n] of pinned memory into places [n] of target [P,block,width], and their sums [P].
 
@@ -44,5 +45,4 @@ def bring(addresses: Tensor, places: Tensor, target: Tensor, sums: Tensor) -> No
     """
     W = target[0].numel() * target.element_size() // 8
     flat = target.view(len(target), -1).view(torch.int64)
-    with torch.cuda.device(target.device) if target.is_cuda else nullcontext():
-        _bring[(len(addresses),)](addresses, places, flat, sums, W, CHUNK=min(CHUNK, triton.next_power_of_2(W)))
+    _bring[(len(addresses),)](addresses, places, flat, sums, W, CHUNK=min(CHUNK, triton.next_power_of_2(W)))

@@ -11,9 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.kernels.here import here
+
 PAGES = 16  # that a program scores
 
 
+@here
 def page_scores(
     q: Tensor, k: Tensor, rows: Tensor, block: int, length: Tensor, pages: int, spare: int, now: Tensor, own: float
 ) -> Tensor:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.kernels.here import here
+
 KEYS = 128  # keys that a program of the first kernel judges
 WIDEST = 4096  # ranges of a query head that one program of the second kernel holds
 
@@ -21,6 +23,7 @@ def serves(q: Tensor, kept: int, block: int) -> bool:
     return small and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
+@here
 def search(
     q: Tensor, k: Tensor, start: int, stop: Tensor, kept: int, block: int, length: Tensor, now: Tensor, halvings: int
 ) -> Tensor:

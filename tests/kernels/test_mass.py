@@ -37,3 +37,15 @@ def test_sums_the_weights_of_every_query(tile, holes, monkeypatch):
                 for j, w in zip(seen, weights, strict=True):
                     want[b, h, j] += w / sum(weights)
     torch.testing.assert_close(key_mass(q, k, call), want)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("N", "M", "D"), [(1, 1, 3), (64, 64, 8), (70, 131, 20), (17, 150, 16)])
+def test_the_kernel_gives_the_same(N, M, D, causal):
+    kernels = pytest.importorskip("saccade.kernels.select.triton_key_mass", reason="Triton is not installed")
+    q, k = torch.randn(2, N, 4, D).transpose(1, 2), 2 * torch.randn(2, M, 2, D).transpose(1, 2)
+    call = Call.of(q, k, scale=0.7, causal=causal)
+    want = key_mass(q.double(), k.double(), Call.of(q.double(), k.double(), scale=0.7, causal=causal))
+    found = kernels.key_mass(q, k, call)
+    torch.testing.assert_close(found.double(), want, atol=2e-5, rtol=1e-5)
+    assert abs(found.sum(-1) - N).max() < 1e-3

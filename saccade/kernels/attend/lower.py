@@ -18,6 +18,7 @@ from torch import Tensor
 from saccade.core.call import Call, kv_heads
 from saccade.core.errors import UnsupportedError
 from saccade.core.pattern import Blocks, Full, Pattern, PerHead, Tokens, Union, Window
+from saccade.kernels.here import here
 
 EVERYTHING = 1 << 30  # a window as wide as this is Full
 SHORT, LONGEST = 256, 4096  # lists that a program sorts: two kernels, whatever the length
@@ -272,6 +273,7 @@ def _outside(tokens: Tensor, index: Tensor, count: Tensor, block_k: int) -> Tens
     return tokens.masked_fill(tokens == BIG, -1)
 
 
+@here
 def arrange(lists: Tensor) -> tuple[Tensor, Tensor]:
     """Lists [B,L,n,K] of distinct numbers, ascending with empties (-1) last, and how many are real: one launch."""
     B, L, n, K = lists.shape
@@ -282,6 +284,7 @@ def arrange(lists: Tensor) -> tuple[Tensor, Tensor]:
     return out, count
 
 
+@here
 def outside(tokens: Tensor, index: Tensor, count: Tensor, block_k: int, B: int) -> Tensor:
     """As `_outside`, on the device: one launch, a search in the list of blocks for each token."""
     L, n, T = index.shape[1], index.shape[2], tokens.shape[3]

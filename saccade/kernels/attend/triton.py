@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 
-import torch
 from torch import Tensor
 
 from saccade.core.call import Call
 from saccade.core.pattern import Pattern
 from saccade.kernels.attend import triton_decode, triton_prefill
+from saccade.kernels.here import here
 from saccade.kernels.merge import Out
 
 PACKED = 16  # with a past and at most so many queries, the decode kernel splits the keys instead of the rows
@@ -23,11 +22,10 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: Call, bias:
     return _kernel(call).refuses(q, k, v, pattern, call, bias)  # type: ignore[no-any-return]
 
 
+@here
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: Call, bias: Tensor | None, lse: bool) -> Out:
     """As `saccade.kernels.attend.attend`, on checked arguments that `refuses` let pass."""
-    # a kernel is launched on the current device, which need not be the tensors'
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        return _kernel(call).attend(q, k, v, pattern, call, bias, lse)  # type: ignore[no-any-return]
+    return _kernel(call).attend(q, k, v, pattern, call, bias, lse)  # type: ignore[no-any-return]
 
 
 def _kernel(call: Call):  # type: ignore[no-untyped-def]

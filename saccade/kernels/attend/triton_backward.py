@@ -23,6 +23,7 @@ from saccade.core.call import Call
 from saccade.core.pattern import Blocks, Full, Pattern, PerHead, Union, Window
 from saccade.kernels.attend.lower import Lowered
 from saccade.kernels.attend.triton_readers import Readers, readers
+from saccade.kernels.here import here
 from saccade.kernels.merge import Out
 
 LOG2E = math.log2(math.e)
@@ -107,6 +108,7 @@ def tiles(width: int, size: int) -> tuple[Tile, Tile]:
     return Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)
 
 
+@here
 def gradients(
     q: Tensor,
     k: Tensor,

@@ -22,6 +22,7 @@ from saccade.core.pattern import Pattern
 from saccade.kernels.attend.decode_units import EVERYTHING, LISTS, Form, Launch, Tile, cut, form_of, power, processors
 from saccade.kernels.attend.decode_units import refuses as refuses_pattern
 from saccade.kernels.attend.tile import training
+from saccade.kernels.here import here
 from saccade.kernels.merge import Out
 
 WIDTH = 256  # widest head
@@ -330,11 +331,9 @@ def given_by(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Given:
     return Given(k, v, q_pos, k_pos, q, steps(k), steps(v), pos_step, call.shape.M, not filled, filled=filled)
 
 
+@here
 def run(launch: Launch, q: Tensor, given: Given, bias: Tensor | None, call: Call, Dv: int, lse: bool) -> Out:
     """The two kernels, on q's device."""
-    if q.is_cuda and q.device.index != torch.cuda.current_device():
-        with torch.cuda.device(q.device):
-            return run(launch, q, given, bias, call, Dv, lse)
     B, H, G, N, _ = call.shape
     D, R, tile, table = q.shape[3], launch.rows, launch.tile, launch.table
     o = q.new_empty((B, H, N, Dv))

@@ -27,6 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from saccade.core.call import Call
 from saccade.kernels.attend.lower import Lowered
 from saccade.kernels.attend.triton_prefill import LOG2E, copies, cut, strides
+from saccade.kernels.here import here
 from saccade.kernels.merge import Out
 
 ROWS = 128  # of a program, 64 for each of its two groups
@@ -66,6 +67,7 @@ def _cut(lowered: Lowered, call: Call) -> tuple[int, int]:
     return cut(lowered.block_q, ROWS, math.gcd(H // lowered.lists, H // G))
 
 
+@here
 def launch(
     q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, call: Call, scale: float, lse: bool, ring: Ring | None = None
 ) -> Out:

@@ -22,6 +22,7 @@ from saccade.core.pattern import Pattern
 from saccade.kernels.attend import triton_backward
 from saccade.kernels.attend.lower import Lowered, lower, unlisted
 from saccade.kernels.attend.tile import training
+from saccade.kernels.here import here
 from saccade.kernels.merge import Out
 
 LOG2E = 1.4426950408889634
@@ -62,6 +63,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: Call, bias: 
     return launch(q, k, v, lowered, call, bias, lse)
 
 
+@here
 def launch(
     q: Tensor,
     k: Tensor,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.attend.lower import Lowered
+from saccade.kernels.here import here
 
 CHUNK = 128  # entries of a list looked at in one go
 BITS = 512  # pairs of blocks looked at in one go
@@ -44,7 +45,11 @@ def readers(lowered: Lowered, N: int, M: int, causal: bool, whole: bool) -> Read
         whole: False if every entry needs a mask (positions were given, or tiles do not divide the blocks).
     """
     assert lowered.index is not None
-    index = lowered.index.contiguous()
+    return _listed(lowered.index.contiguous(), lowered, N, M, causal, whole)
+
+
+@here
+def _listed(index: Tensor, lowered: Lowered, N: int, M: int, causal: bool, whole: bool) -> Readers:
     B, L, nq, K = index.shape
     nk, words = -(-M // lowered.block_k), -(-nq // 32)
     order, split, rows, runs = (

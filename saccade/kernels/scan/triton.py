@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saccade.kernels.here import here
 from saccade.kernels.scan import triton_channels, triton_chunks, triton_step
 
 WIDEST = 256
@@ -28,6 +29,7 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> st
     return None
 
 
+@here
 def scan(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """As `saccade.kernels.scan.scan`, on arguments that `refuses` let pass."""
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, decay, state))

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.kernels.here import here
 from saccade.kernels.scan.triton_chunks import Cut, block, precision
 
 CHUNK = 16
@@ -210,6 +211,7 @@ def cut(q: Tensor, v: Tensor) -> Cut:
     return Cut(CHUNK, each, -(-chunks // each))
 
 
+@here
 def states(k: Tensor, v: Tensor, log: Tensor, start: Tensor, by: Cut, reverse: bool = False) -> Tensor:
     """The state before each segment (behind it, against time): [B,H,segments,K,V]; log [B,H,N,K], start [B,H,K,V]."""
     B, H, N, K = k.shape
@@ -231,6 +233,7 @@ def states(k: Tensor, v: Tensor, log: Tensor, start: Tensor, by: Cut, reverse: b
     return out
 
 
+@here
 def values(
     q: Tensor, k: Tensor, v: Tensor, log: Tensor, before: Tensor, by: Cut, end: Tensor, reverse: bool = False
 ) -> Tensor:
@@ -248,6 +251,7 @@ def values(
     return o
 
 
+@here
 def keys(
     q: Tensor, k: Tensor, v: Tensor, log: Tensor, before: Tensor, by: Cut, dtype: torch.dtype, reverse: bool = False
 ) -> Tensor:

@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.kernels.here import here
+
 LOG2E = 1.4426950408889634  # the kernels' exponents are of 2
 
 
@@ -288,6 +290,7 @@ def answer_tile(q: Tensor, v: Tensor, products: bool = False) -> Tile:
     return Tile(K, min(64, V), 8 if K > 128 or products else 4, 2)
 
 
+@here
 def states(k: Tensor, v: Tensor, log: Tensor, start: Tensor, by: Cut, reverse: bool = False) -> Tensor:
     """The state before each segment (behind it, against time): [B,H,segments,K,V] float32.
 
@@ -324,6 +327,7 @@ class Answer(NamedTuple):
     whole: Tensor
 
 
+@here
 def outputs(
     q: Tensor,
     k: Tensor,
@@ -369,6 +373,7 @@ def outputs(
     return Answer(o, r.sum(0) if times is not None else r, kept, whole.sum(0) if times is not None else whole)
 
 
+@here
 def add_up(decay: Tensor, shape: tuple[int, ...], by: Cut) -> Tensor:
     """Log decays [1|B,1|H,1|N,1] as the kernels take them, [B,H,N]: one number for all tokens, or sums by chunk."""
     log = decay[..., 0].float() * LOG2E

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.kernels.here import here
+
 
 @triton.jit(do_not_specialize=["N"])
 def _walk(
@@ -39,6 +41,7 @@ def _walk(
     tl.store(end_ptr + at, state, mask=inside)
 
 
+@here
 def walk(q: Tensor, k: Tensor, v: Tensor, log: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """As `reference.scan`: log [B,H,N,K] as a view with strides of 0, start [B,H,K,V] float32, contiguous."""
     B, H, N, K = q.shape

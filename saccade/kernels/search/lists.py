@@ -11,6 +11,7 @@ from saccade.kernels.search.flat import nearest
 
 TOGETHER = 16  # queries that are searched side by side
 LIST = 64  # keys that a query of the prompt wants
+FINE, COARSE, MANY = 16, 64, 1 << 18  # keys of a cluster, of few keys and of many
 
 
 class Lists:
@@ -25,16 +26,18 @@ class Lists:
     which is always scanned.
 
     Args:
-        each: keys of a cluster, on average.
+        each: keys of a cluster, on average. None: 16, and 64 from 2^18 keys on, where small clusters take minutes to
+            build.
         probes: clusters that a query scans.
         stretch: keys that are clustered together.
         rounds: of k-means.
         asked: queries of the prompt whose best keys are looked up, exactly.
         wanted: keys on the list that is always scanned: those that most of these queries have among their best 64.
 
-    Departs from the paper: stretches of 4096 keys (there 8192) and clusters of 64 (there 16); clusters that are not
-        scanned count for nothing (there they are estimated by their centroids); k-means by distance; the list of
-        wanted keys, RetrievalAttention's thought that the prompt's queries know what will be asked.
+    Departs from the paper: stretches of 4096 keys (there 8192), and clusters of 64 where keys are many (there 16);
+        clusters that are not scanned count for nothing (there they are estimated by their centroids); k-means by
+        distance; the list of wanted keys, RetrievalAttention's thought that the prompt's queries know what will be
+        asked.
 
     Example:
         >>> keys = torch.randn(500, 8)
@@ -45,11 +48,11 @@ class Lists:
     """
 
     def __init__(
-        self, each: int = 64, probes: int = 48, stretch: int = 4096, rounds: int = 3,
+        self, each: int | None = None, probes: int = 96, stretch: int = 4096, rounds: int = 3,
         asked: int = 128, wanted: int = 1024,
     ) -> None:  # fmt: skip
         for name, value in (
-            *(("each", each), ("probes", probes), ("stretch", stretch), ("rounds", rounds)),
+            *(("each", 1 if each is None else each), ("probes", probes), ("stretch", stretch), ("rounds", rounds)),
             *(("asked", asked), ("wanted", wanted)),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -65,8 +68,9 @@ class Lists:
         """Cluster the keys; queries say which of them are wanted always."""
         check_keys("lists", keys)
         owners, centroids, first = [], [], 0
+        each = self.each or (FINE if len(keys) < MANY else COARSE)
         for part in keys.split(self.stretch):
-            own, mean = _clustered(part.to(torch.promote_types(part.dtype, torch.float32)), self.each, self.rounds)
+            own, mean = _clustered(part.to(torch.promote_types(part.dtype, torch.float32)), each, self.rounds)
             owners.append(own + first)
             centroids.append(mean)
             first += len(mean)

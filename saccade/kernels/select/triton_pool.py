@@ -7,9 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.kernels.here import here
+
 HELD = 1 << 14  # numbers of a block held at once
 
 
+@here
 def pool(x: Tensor, block: int, mean: bool = True, bounds: bool = False) -> tuple[Tensor | None, ...]:
     """x [B,h,N,D], any strides -> (mean, smallest, largest), each [B,h,ceil(N/block),D] in x's dtype or None."""
     B, h, N, D = x.shape

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.core.call import Call
+from saccade.kernels.here import here
 
 LONGEST = 1 << 16  # entries of a row that are held at once
 SHORTEST = 1 << 14  # entries of a piece of a row that is longer
@@ -60,6 +61,7 @@ def largest(scores: Tensor, count: int) -> Tensor | None:
     return None if best is None else torch.where(best < 0, -1, index.gather(2, best.clamp_min(0).long()))
 
 
+@here
 def _launch(
     scores: Tensor,
     strides: tuple[int, ...],
@@ -161,6 +163,7 @@ def _largest(
     tl.store(out + slots, tl.full([ROWS, LIST], -1, tl.int32), mask=empty)
 
 
+@here
 def products(
     q: Tensor,
     k: Tensor,

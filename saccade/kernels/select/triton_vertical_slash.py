@@ -12,9 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.core.call import Call
+from saccade.kernels.here import here
 from saccade.kernels.select import SCRATCH
 
 
+@here
 def column_and_offset_mass(q: Tensor, k: Tensor, call: Call, last: int) -> tuple[Tensor, Tensor]:
     """As `saccade.kernels.select.vertical_slash.column_and_offset_mass`."""
     B, H, G, N, M = call.shape
@@ -128,6 +130,7 @@ def _sums(scores, total, column, offset, first, L, M, ROWS: tl.constexpr, STEP: 
     tl.store(offset + out + (M - 1 - place), slanted, mask=place < M)
 
 
+@here
 def shifted(steps: Tensor, top: int, call: Call, block: int) -> Tensor:
     """The key blocks of every query block [B,H,query blocks,K], ascending, from the steps [B,H,K] that all take."""
     B, H, K = steps.shape

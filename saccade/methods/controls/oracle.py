@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from saccade.core.call import Call
 from saccade.core.errors import UnsupportedError
 from saccade.core.pattern import Full
+from saccade.kernels.select.block_mass import block_mass
 from saccade.methods.base import Scorer
 
 
@@ -33,6 +33,7 @@ class Oracle(Scorer):
     Departs from the paper: there is none.
 
     Example:
+        >>> import torch
         >>> q = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
         >>> k = torch.zeros(1, 1, 192, 2)
         >>> k[0, 0, 70, 0] = 9.0
@@ -48,24 +49,7 @@ class Oracle(Scorer):
     def score(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         if not call.contiguous:
             raise UnsupportedError("Oracle: needs a store without holes or padding; run such rows one by one")
-        B, H, G, N, M = call.shape
-        q = q * call.softmax_scale(q.shape[3])
-        nk = -(-M // self.block_k)
-        found = []
-        for a in range(0, N, self.block_q):
-            b = min(a + self.block_q, N)
-            # keys after the block's last row weigh nothing: half of the work
-            end = min(M, call.offset + b) if call.causal else M
-            scores = (q[:, :, a:b].reshape(B, G, -1, q.shape[3]) @ k[:, :, :end].transpose(-1, -2)).view(
-                B, H, b - a, end
-            )
-            if call.causal:
-                rows = torch.arange(call.offset + a, call.offset + b, device=q.device)
-                scores = scores.masked_fill(torch.arange(end, device=q.device) > rows[:, None], float("-inf"))
-            mass = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).sum(2)
-            mass = torch.nn.functional.pad(mass, (0, nk * self.block_k - end))
-            found.append(mass.view(B, H, nk, self.block_k).sum(-1))
-        return torch.stack(found, 2)
+        return block_mass(q, k, call, self.block_q, self.block_k)
 
     def estimate(self, call: Call) -> float:
         return Full().pairs(call)
