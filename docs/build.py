@@ -28,10 +28,31 @@ def page(name: str) -> str:
         f"- strictly causal: {'yes' if cls.strictly_causal else 'no, the choice of indices looks at later tokens'}",
         f"- chunked prefill: {cls.chunked}",
     ]
+    if "prefill" in cls.phases:
+        lines.append(f"- later prompts over a cache that evicts: {later(cls)}")
+    if "cache" in cls.phases:
+        able = ", ".join(f"`{n}`" for n in METHODS if "prefill" in find(n).phases and reads_on(find(n), cls))
+        others = f"dense over {'everything' if cls.lossless else 'what is kept'}, by the policy"
+        lines.append(
+            f"- later prompts: {able + ' read them themselves; beside other methods ' if able else ''}{others}"
+        )
     if "layer" not in cls.phases:
         lines.append(f"- see it: `saccade show {name}`; try it: `saccade demo {name}`")
     lines += ["", "```text", inspect.getdoc(cls) or "", "```", ""]
     return "\n".join(lines)
+
+
+def later(cls: type) -> str:
+    """Who reads a later prompt where a policy has dropped tokens."""
+    if "inner" in getattr(cls, "__dataclass_fields__", {}):
+        return "as its inner method"
+    return "dense over what the policy keeps" if cls.unbroken else "read by the method itself"
+
+
+def reads_on(cls: type, policy: type) -> bool:
+    """Does a method read later prompts over what a policy leaves?"""
+    wrapper = "inner" in getattr(cls, "__dataclass_fields__", {})
+    return not wrapper and (cls.reads_far if policy.lossless else not cls.unbroken)
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> Result:
         text += f"\nThe picture: {os.path.abspath(args.out)}"
     data = json.loads(plan.to_json())
     data["letters"] = letters(plan)
+    data["later_prompts"] = later(plan)
     data["maps"] = {phase: head_map(plan, phase) for phase in used(plan)}
     return Result(data, text)
 
@@ -49,6 +50,19 @@ def used(plan: Plan) -> list[str]:
     from saccade.core.plan import PHASES
 
     return [phase for phase in PHASES if any(plan.phase(at, phase) for at in range(plan.model.layers))]
+
+
+def later(plan: Plan) -> list[str]:
+    """Where a later prompt over the same cache is not read by its own method, because a policy has evicted.
+
+    Example:
+        >>> from saccade.core.plan import ModelShape, Plan
+        >>> later(Plan.uniform(ModelShape(1, 2, 2), prefill="trishape", cache="duo"))
+        ['dense in heads 0-1 of layers 0, over what duo keeps: trishape cannot read that']
+    """
+    from saccade.methods.apply import later_prompts
+
+    return [entry.text() for entry in later_prompts(plan)]
 
 
 def letters(plan: Plan) -> dict[str, str]:
@@ -85,9 +99,11 @@ def text_map(plan: Plan, colour: bool = False) -> str:
     """Maps of all phases with a legend."""
     shape, letter = plan.model, letters(plan)
     paint = {c: f"\x1b[{COLOURS[i % len(COLOURS)]}m{c}\x1b[0m" for i, c in enumerate(letter.values())}
-    lines = [f"{shape.name or 'model'}: {shape.layers} layers, {shape.heads} query heads, {shape.kv_heads} key heads"]
+    lines = [
+        f"{_plain(shape.name) or 'model'}: {shape.layers} layers, {shape.heads} query heads, {shape.kv_heads} key heads"
+    ]
     if plan.note:
-        lines.append(plan.note)
+        lines.append(_plain(plan.note))
     for phase in used(plan):
         kind = "key heads" if phase == "cache" else "query heads"
         lines += ["", f"{phase} (rows: layers, columns: {kind})"]
@@ -99,7 +115,13 @@ def text_map(plan: Plan, colour: bool = False) -> str:
     lines.append("")
     lines += [f"{paint[c] if colour else c}  {name}: {_settings(plan, name)}" for name, c in letter.items()]
     lines.append(f"{REST}  dense, everything kept")
+    lines += [f"later prompts are {text}" for text in later(plan)]
     return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """A file's words without the control characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _settings(plan: Plan, method: str) -> str:

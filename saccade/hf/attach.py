@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -21,12 +21,14 @@ from saccade.cache.store import Store, call_for
 from saccade.core.call import Call
 from saccade.core.clock import Clock, lap
 from saccade.core.errors import InputError, PlanError, UnsupportedError
+from saccade.core.lasting import lasting
 from saccade.core.plan import Plan
 from saccade.hf.cache import SaccadeCache, StoreLayer
 from saccade.hf.rope import rope_of
 from saccade.hf.steps import Steps
-from saccade.methods.apply import Roles, Seen, apply, overheard, phase_of
-from saccade.methods.policy.offload import Offload, check_room
+from saccade.methods.apply import ASIDE, Roles, Seen, apply, overheard, phase_of
+from saccade.methods.base import CachePolicy
+from saccade.methods.policy.offload import Offload, Wanted, check_room
 
 NAME = "saccade"
 _sessions: weakref.WeakKeyDictionary[torch.nn.Module, Session] = weakref.WeakKeyDictionary()
@@ -39,7 +41,8 @@ class Session:
         plan: the plan.
         calls: attention calls served per layer since the start.
         ways: how calls were served, counted by (way, layer): "store" (our cache), "steps" (our cache, fixed shapes),
-            "other cache", "no cache", "own mask" (a mask of the caller's: dense, by sdpa).
+            "other cache", "no cache", "own mask" (a mask of the caller's: dense, by sdpa). "later prompt dense" counts
+            calls of "store" once more: their method cannot read what a policy left, so the policy served them.
         watch: None, or a callable that is given every `Seen` (what was looked at, where): for measuring.
         clock: None, or what is told where the time goes (`saccade.evaluate.waterfall`); not for captured steps.
         rng: generator for methods that draw, on the model's device; None = each method's own fixed seed.
@@ -75,21 +78,13 @@ class Session:
                 tokens elsewhere ask for the space.
 
         Raises:
-            SpaceError: no space for so many tokens.
+            InputError, SpaceError: no space for so many tokens, or none at all.
         """
-        stores = {}
         # one budget on the device for what all layers keep elsewhere
         shared = {cap.KEY: cap.Cap()}
-        elsewhere: list[tuple[Offload, int]] = []
-        size = torch.empty((), dtype=getattr(self.model, "dtype", None)).element_size()
-        for layer in self.modules:
-            if self.serves(layer):
-                roles = Roles.of(self.plan, layer, length) if self._ruled[layer] else self._roles[layer]
-                stores[layer] = Store(roles.cache, self.plan.model.kv_heads, shared)
-                width = 2 * getattr(self.modules[layer], "head_dim", 0) * size
-                kept = [(heads, policy) for heads, policy in roles.cache if isinstance(policy, Offload)]
-                elsewhere += [(policy, policy.need(length, len(heads), width)) for heads, policy in kept]
-        check_room(elsewhere)
+        policies = {layer: self._policies(layer, length) for layer in self.served()}
+        self._check_room(policies, length)
+        stores = {layer: Store(kept, self.plan.model.kv_heads, shared) for layer, kept in policies.items()}
         return SaccadeCache(_text_config(self.model), stores)
 
     def steps(self, cache: SaccadeCache, room: int, graph: bool | None = None) -> Steps:
@@ -122,6 +117,22 @@ class Session:
         """Does the plan serve this layer? Sliding windows and recurrent layers keep their own attention."""
         return layer not in self._left_alone
 
+    def _policies(self, layer: int, length: int) -> tuple[tuple[tuple[int, ...], CachePolicy], ...]:
+        return (Roles.of(self.plan, layer, length) if self._ruled[layer] else self._roles[layer]).cache
+
+    def _check_room(
+        self, policies: Mapping[int, Sequence[tuple[tuple[int, ...], CachePolicy]]], length: int = 0
+    ) -> None:
+        """Is there space for what is to be kept elsewhere, as far as sizes are known?"""
+        size = torch.empty((), dtype=getattr(self.model, "dtype", None)).element_size()
+        elsewhere = [
+            Wanted(policy, len(heads), 2 * getattr(self.modules[layer], "head_dim", 0) * size)
+            for layer, kept in policies.items()
+            for heads, policy in kept
+            if isinstance(policy, Offload)
+        ]
+        check_room(elsewhere, length)
+
     def _check(self) -> None:
         self.plan.check_model(self.model)
         config = _text_config(self.model)
@@ -142,17 +153,17 @@ class Session:
         whole = [m for roles in self._roles for _, m in (*roles.prefill, *roles.decode) if m.whole_store]
         if whole and any(roles.cache for roles in self._roles):
             raise PlanError(f"{type(whole[0]).__name__} needs every token in the cache, but the plan also evicts")
-        share = self.plan.model.heads // self.plan.model.kv_heads
         for layer in self.served():
-            gone = {
-                h * share + i
-                for heads, p in self._roles[layer].cache
-                if not p.lossless
-                for h in heads
-                for i in range(share)
-            }
+            gone, away = (self._held(layer, lossless) for lossless in (False, True))
             for heads, method in self._roles[layer].decode:
-                lost = gone & set(_ids(heads, self.plan))
+                mine = set(_ids(heads, self.plan))
+                lost, far = gone & mine, away & mine
+                if not method.reads_far and far:
+                    raise PlanError(
+                        f"{type(method).__name__} reads the store only, but in layer {layer} the plan moves tokens of "
+                        f"heads {sorted(far)} out of it to be read elsewhere; to decode, give these heads retrieval or "
+                        "fetch, or no method, which is dense"
+                    )
                 if method.unbroken and lost:
                     raise PlanError(
                         f"{type(method).__name__} needs every token of its heads in the cache, but in layer {layer} "
@@ -170,6 +181,14 @@ class Session:
                         f"{type(method).__name__}: layer {layer} reads what layer {source} picks, but layer {source} "
                         f"{why}; this model's layers that a plan can serve are {self.served()}"
                     )
+
+        self._check_room({layer: self._policies(layer, 0) for layer in self.served()})
+
+    def _held(self, layer: int, lossless: bool) -> set[int]:
+        """Query heads of which a policy drops tokens, or moves them elsewhere."""
+        share = self.plan.model.heads // self.plan.model.kv_heads
+        kept = [heads for heads, policy in self._roles[layer].cache if policy.lossless == lossless]
+        return {h * share + i for heads in kept for h in heads for i in range(share)}
 
     def _start(self) -> None:
         AttentionInterface.register(NAME, _attention)
@@ -199,6 +218,7 @@ class Session:
 
         return hook
 
+    @lasting
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         """One layer's attention [B,H,N,Dv]; k and v are the new tokens (our cache) or all of them (any other)."""
         cache, x = self._now.get(layer, (None, None))
@@ -245,7 +265,7 @@ class Session:
         methods = self._methods(layer, phase, max(store.seen))
         share = q.shape[1] // k.shape[1]
         out = q.new_zeros((*q.shape[:3], v.shape[3]))
-        asked = []
+        asked, later = [], False
         for rows in store.row_sets():
             real = slice(None) if whole or valid is None else valid[rows.start]
             mine = q[rows][:, :, real]
@@ -261,16 +281,20 @@ class Session:
                 all_heads = len(heads) == q.shape[1]
                 q_part = mine if all_heads else mine[:, list(heads)]
                 call = call_for(q_part, view, store.seen[rows.start], heads, **fields)
-                o = apply(q_part, view.k, view.v, call, methods, view.policy, self.watch, view.bias, self.clock)
+                given = (methods, view.policy, self.watch, view.bias, self.clock, phase)
+                o = apply(q_part, view.k, view.v, call, *given)
                 if phase == "prefill":
                     overheard(q_part, view.k, call, self._methods(layer, "decode", max(store.seen)))
                     lap(self.clock, "select")
+                later = later or f"{ASIDE} {layer}" in step
                 if all_heads and whole and rows.stop - rows.start == len(out):
                     out = o
                 else:
                     where = torch.arange(N, device=q.device)[real]
                     out[rows][:, torch.tensor(heads, device=q.device)[:, None], where] = o
                     lap(self.clock, "attend")
+        if later:
+            self.ways[ASIDE, layer] += 1
         store.asked(asked, phase == "prefill", self.clock)
         return out
 
@@ -365,6 +389,7 @@ def attach(model: torch.nn.Module, plan: Plan) -> Session:
 
     Raises:
         PlanError: the plan is for another model, or its parts contradict each other.
+        InputError, SpaceError: what the plan keeps elsewhere has no room at all.
         UnsupportedError: the model does not use transformers' attention interface, or caps its logits.
 
     Example:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -13,13 +12,16 @@ import transformers
 from transformers.cache_utils import DynamicCache
 
 import saccade
+from saccade.core.errors import InputError
+from saccade.core.machine import cpus
 from saccade.core.plan import Plan
 from saccade.hf.attach import Session, attach
 from saccade.hf.cache import cache_bytes
 from saccade.hf.meter import Meter
-from saccade.methods.apply import Seen, phase_of
+from saccade.methods.apply import ASIDE, PACKED, Seen, later_prompts, phase_of, ranges
 
 DENSE = 0.995  # of all pairs; a layer above that is called dense
+LATER = 2 * PACKED  # tokens of the probe's second prompt
 TILED = "plain PyTorch, because Triton's kernels refuse:"
 WAYS = {
     "own mask": "{calls} calls in layers {layers} came with a mask of their own and went to dense sdpa, past the plan: "
@@ -47,6 +49,9 @@ class Diagnosis:
         dense: layers that read everything in a phase, "prefill" and "decode".
         kernels: what computes attention, by phase: Triton's kernels, or plain PyTorch and why.
         ways: how attention calls were served, and how many (see `Session.ways`).
+        later: prefill methods that cannot read what a policy leaves, so that the policy serves later prompts, dense
+            over what it keeps: {"method", "policy", "layers", "heads" (a list for each layer), "seen" (layers where the
+            probe's second prompt, of 32 tokens, was served so; none where nothing had been dropped), "text"}.
         threads, cpus: that torch uses, and that this process may use.
         slow: what costs time and why, a sentence each.
     """
@@ -71,6 +76,7 @@ class Diagnosis:
     threads: int = 0
     cpus: int = 0
     slow: list[str] = field(default_factory=list)
+    later: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON."""
@@ -84,8 +90,8 @@ class Diagnosis:
 
         lines = [
             f"model             {self.model}",
-            f"layers served     {_ranges(self.served)}"
-            + (f"; left alone (not plain causal attention): {_ranges(self.left_alone)}" if self.left_alone else ""),
+            f"layers served     {ranges(self.served)}"
+            + (f"; left alone (not plain causal attention): {ranges(self.left_alone)}" if self.left_alone else ""),
             f"calls per layer   {sorted(set(self.calls))} in one prefill of {self.length} tokens and three steps",
             f"density           prefill {share(self.prefill_density)}, decode {share(self.decode_density)} of dense",
             f"padded rows       differ by {self.padded_difference:.1e} from the same rows alone",
@@ -96,6 +102,11 @@ class Diagnosis:
             f"threads           {self.threads} of {self.cpus} CPUs",
             "versions          " + ", ".join(f"{k} {v}" for k, v in self.versions.items()),
         ]
+        for entry in self.later:
+            seen = (
+                f"so it was in layers {ranges(entry['seen'])}" if entry["seen"] else "nothing was dropped in the probe"
+            )
+            lines.insert(-2, f"later prompts     {entry['text']} ({seen})")
         lines += [f"problem: {line}" for line in self.problems] or ["no problems found"]
         lines += [f"slow: {line}" for line in self.slow]
         lines += [f"advice: {line}" for line in self.advice]
@@ -116,7 +127,7 @@ class Kernels:
     def said(self) -> dict[str, list[str]]:
         """By phase: what computes, and in which layers where it is not the same in all."""
         return {
-            phase: [how if len(ways) == 1 else f"{how} in layers {_ranges(sorted(at))}" for how, at in ways.items()]
+            phase: [how if len(ways) == 1 else f"{how} in layers {ranges(sorted(at))}" for how, at in ways.items()]
             for phase, ways in self.found.items()
         }
 
@@ -155,8 +166,14 @@ def doctor(
         A Diagnosis; the model is left as it was.
 
     Raises:
+        InputError: a probe of one token.
         PlanError, UnsupportedError: as `attach`.
     """
+    if length < 2:
+        raise InputError(
+            f"doctor: the probe's length must be >= 2 tokens, got {length}: one of its rows is padded, and has fewer; "
+            "512 is usual"
+        )
     device = next(model.parameters()).device
     config = model.config.get_text_config()
     rng = torch.Generator().manual_seed(0)
@@ -186,6 +203,7 @@ def doctor(
                     run(session)
                 served, rest = session.served(), sorted(set(session.modules) - set(session.served()))
                 held = cache.bytes()
+                later = _later(model, session, cache, ids)
     finally:
         model.train(was_training)
     bytes_dense = sum(cache_bytes(layer) for layer in dense_cache.layers)
@@ -214,7 +232,8 @@ def doctor(
         kernels=kernels.said(),
         ways={way: sum(n for (its, _), n in session.ways.items() if its == way) for way, _ in session.ways},
         threads=torch.get_num_threads(),
-        cpus=_cpus(),
+        cpus=cpus(),
+        later=later,
     )
     found.problems.extend(_problems(found, float(logits.abs().max())))
     found.slow.extend(_slow(found, plan, session))
@@ -237,6 +256,32 @@ def _padded(model: Any, session: Session, ids: torch.Tensor) -> float:
     return float((both - alone).abs().max())
 
 
+def _later(model: Any, session: Session, cache: Any, ids: torch.Tensor) -> list[dict[str, Any]]:
+    """Which prefill methods cannot read a second prompt over a cache that evicts, and in which layers it was so."""
+    served = session.served()
+    found = [
+        entry._replace(heads={at: h for at, h in entry.heads.items() if at in served})
+        for entry in later_prompts(session.plan)
+    ]
+    if not any(entry.heads for entry in found):
+        return []
+    before = session.ways.copy()
+    model(ids[:, :1].expand(-1, LATER), past_key_values=cache, logits_to_keep=1)
+    seen = [at for at in served if (session.ways - before)[ASIDE, at]]
+    return [
+        {
+            "method": entry.method,
+            "policy": entry.policy,
+            "layers": list(entry.heads),
+            "heads": [list(heads) for heads in entry.heads.values()],
+            "seen": [at for at in seen if at in entry.heads],
+            "text": entry.text(),
+        }
+        for entry in found
+        if entry.heads
+    ]
+
+
 def _problems(found: Diagnosis, size: float) -> list[str]:
     problems = []
     if not found.served:
@@ -255,19 +300,19 @@ def _slow(found: Diagnosis, plan: Plan, session: Session) -> list[str]:
     for phase, layers in found.dense.items():
         bare = [at for at in layers if not (plan.phase(at, phase) or plan.phase(at, "cache"))]
         if bare:
-            slow.append(f"{phase} is dense in layers {_ranges(bare)}: the plan names no method there")
+            slow.append(f"{phase} is dense in layers {ranges(bare)}: the plan names no method there")
         by: dict[str, list[int]] = {}
         for at in sorted({*layers} - {*bare}):
             names = dict.fromkeys(a.method for a in (*plan.phase(at, phase), *plan.phase(at, "cache")))
             by.setdefault(" and ".join(names), []).append(at)
         for names, where in by.items():
             slow.append(
-                f"{phase} is dense in layers {_ranges(where)}: {names} reads everything at {found.length} tokens"
+                f"{phase} is dense in layers {ranges(where)}: {names} reads everything at {found.length} tokens"
             )
     for way, words in WAYS.items():
         where = sorted(at for (its, at), n in session.ways.items() if its == way and n)
         if where:
-            slow.append(words.format(calls=found.ways[way], layers=_ranges(where), bytes=f"{found.bytes_dense:,}"))
+            slow.append(words.format(calls=found.ways[way], layers=ranges(where), bytes=f"{found.bytes_dense:,}"))
     for phase, ways in found.kernels.items():
         slow += [f"{phase} runs in {words}" for words in ways if words.startswith(TILED)]
     if "cpu" in found.model.rsplit(", ", 1)[-1]:
@@ -285,11 +330,6 @@ def _dense(meter: Meter, phase: str, layers: list[int]) -> list[int]:
     return [at for at, share in found.items() if share is not None and share > DENSE]
 
 
-def _cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _advice(found: Diagnosis, plan: Plan) -> list[str]:
     advice = []
     phases = {assign.phase for row in plan.layers for assign in row}
@@ -300,16 +340,5 @@ def _advice(found: Diagnosis, plan: Plan) -> list[str]:
     if "cache" not in phases:
         advice.append("the cache keeps everything: add a cache policy to save bytes")
     if found.left_alone:
-        advice.append(f"layers {_ranges(found.left_alone)} keep their sliding window or recurrent attention")
+        advice.append(f"layers {ranges(found.left_alone)} keep their sliding window or recurrent attention")
     return advice
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from saccade.core.call import Call
 from saccade.core.pattern import Full, Pattern, per_head
-from saccade.methods.apply import Seen
+from saccade.hf.later import Later
+from saccade.methods.apply import Seen, phase_of
 
 ROWS = 64  # queries at the end of a call for which the kept mass is measured: its cost is ROWS x M
 
@@ -27,10 +30,47 @@ class Layer:
     pattern: Pattern | None = None
     seen: Seen | None = None
 
+    def add(self, name: str, numbers: Sequence[float]) -> None:
+        """Add numbers to the sum of this name."""
+        setattr(self, name, getattr(self, name) + sum(numbers))
+
+
+class Glance:
+    """One attend under a meter: what several figures need of it is made once, and stays on the device."""
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+        self.phase = phase_of(seen.call.shape.N, seen.call.shape.M - seen.call.shape.N)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """The pairs of the last 64 queries, [B,H,rows,M]."""
+        assert self.seen.pattern is not None
+        N = self.seen.call.shape.N
+        return self.seen.pattern.mask(self.seen.call, torch.arange(max(0, N - ROWS), N, device=self.seen.q.device))
+
+    @cached_property
+    def pairs(self) -> Tensor:
+        """Pairs that each head reads, [H]."""
+        call, pattern = self.seen.call, self.seen.pattern
+        assert pattern is not None
+        known = isinstance(pattern, Full) and call.contiguous
+        return pattern.counts(call) if known or call.shape.N > ROWS else self.mask.sum((0, 2, 3)).double()
+
+    @cached_property
+    def allowed(self) -> Tensor | float:
+        """Pairs of dense attention; an evicted store's are those with all tokens, not with what is left of them."""
+        call = self.seen.call
+        if call.q_pos is None:
+            return Full().pairs(call)
+        return (call.q_pos + 1).clamp_min(0).sum().double() * (call.shape.H * (call.shape.B // call.q_pos.shape[0]))
+
 
 @dataclass
 class Meter:
     """Collects from a session: `session.watch = meter`. Counting costs time, so measure and time in separate runs.
+
+    While the model runs no number is read from the device; they come when they are asked for.
 
     Args:
         mass: also measure the share of dense attention's mass on the chosen keys, for the last 64 queries of a call.
@@ -43,25 +83,18 @@ class Meter:
 
     mass: bool = True
     keep: bool = False
-    layers: dict[tuple[str, int], Layer] = field(default_factory=dict)
+    _layers: dict[tuple[str, int], Layer] = field(default_factory=dict, init=False, repr=False)
+    _later: Later = field(default_factory=Later, init=False, repr=False)
+
+    @property
+    def layers(self) -> dict[tuple[str, int], Layer]:
+        """The sums by phase and layer."""
+        self._later.settle()
+        return self._layers
 
     def __call__(self, seen: Seen) -> None:
         """Take note of one attend."""
-        call = seen.call
-        phase = "prefill" if call.shape.N > 16 or call.shape.N == call.shape.M else "decode"
-        layer = self.layers.setdefault((phase, call.layer), Layer())
-        if seen.pattern is None:
-            if not math.isnan(seen.estimate):
-                layer.whole += seen.estimate
-                layer.allowed += self._allowed(seen)
-            return
-        layer.pairs += seen.pattern.pairs(call)
-        layer.estimate += seen.estimate
-        layer.allowed += self._allowed(seen)
-        if self.mass:
-            layer.mass.append(self._mass(seen))
-        if self.keep:
-            layer.pattern, layer.seen = seen.pattern, seen
+        self._take(Glance(seen))
 
     def density(self, phase: str, layer: int | None = None) -> float | None:
         """Pairs visited and scored for selection, as a share of dense causal attention's; None if nothing was seen."""
@@ -77,42 +110,53 @@ class Meter:
 
     def kept(self, phase: str) -> float | None:
         """Mean attention mass on the chosen keys, over layers, heads and the last 64 queries."""
-        mass = [m.mean() for (p, _), v in self.layers.items() if p == phase for m in v.mass]
+        mass = [m.mean() for (p, _), v in self._layers.items() if p == phase for m in v.mass]
         return float(torch.stack(mass).mean()) if mass else None
 
     def kept_low(self, phase: str, share: float = 0.05) -> float | None:
         """The 5th percentile of that mass: of all queries in all heads of all layers, 5 % keep less."""
-        mass = [m.flatten() for (p, _), v in self.layers.items() if p == phase for m in v.mass]
+        mass = [m.flatten() for (p, _), v in self._layers.items() if p == phase for m in v.mass]
         return float(torch.cat(mass).quantile(share)) if mass else None
 
-    def _mass(self, seen: Seen) -> Tensor:
-        return kept_mass(seen)
+    def _take(self, glance: Glance) -> None:
+        seen = glance.seen
+        layer = self._layers.setdefault((glance.phase, seen.call.layer), Layer())
+        if seen.pattern is None:
+            if not math.isnan(seen.estimate):
+                layer.whole += seen.estimate
+                self._later.add(glance.allowed, partial(layer.add, "allowed"))
+            return
+        layer.estimate += seen.estimate
+        self._later.add(glance.pairs, partial(layer.add, "pairs"))
+        self._later.add(glance.allowed, partial(layer.add, "allowed"))
+        if self.mass:
+            layer.mass.append(self._mass(glance))
+        if self.keep:
+            layer.pattern, layer.seen = seen.pattern, seen
 
-    @staticmethod
-    def _allowed(seen: Seen) -> float:
-        # an evicted store is compared with all tokens of the sequence, not with what is left of them
-        call = seen.call
-        if call.q_pos is None:
-            return Full().pairs(call)
-        return float((call.q_pos + 1).clamp_min(0).sum()) * call.shape.H * (call.shape.B // call.q_pos.shape[0])
+    def _mass(self, glance: Glance) -> Tensor:
+        seen = glance.seen
+        if isinstance(seen.pattern, Full):
+            return torch.ones(seen.q.shape[0], seen.q.shape[1], min(seen.q.shape[2], ROWS), device=seen.q.device)
+        return kept_mass(seen, mask=glance.mask)
 
 
-def kept_mass(seen: Seen, keys: Tensor | None = None) -> Tensor:
+def kept_mass(seen: Seen, keys: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """Share of the softmax mass that lies on the pattern's keys, [B,H,last 64 queries].
 
     Args:
         seen: what was looked at.
         keys: all keys of the sequence [B,G,tokens,D], where the store has dropped some; None = what is stored is all.
+        mask: the pattern's pairs of these queries, where they are known.
     """
-    call, q, k, pattern = seen.call, seen.q, seen.k, seen.pattern
-    assert pattern is not None
-    N = call.shape.N
-    rows = torch.arange(max(0, N - ROWS), N, device=q.device)
+    call, q, k = seen.call, seen.q, seen.k
+    last = slice(max(0, call.shape.N - ROWS), None)
     q_pos, k_pos = call.positions(q.device)
-    scores = _scores(q[:, :, rows], k, q_pos[:, rows], k_pos, call)
-    chosen = scores.masked_fill(~pattern.mask(call, rows), float("-inf"))
+    q, q_pos = q[:, :, last], q_pos[:, last]
+    scores = _scores(q, k, q_pos, k_pos, call)
+    chosen = scores.masked_fill(~(Glance(seen).mask if mask is None else mask), float("-inf"))
     if keys is not None:
-        scores = _scores(q[:, :, rows], keys, q_pos[:, rows], torch.arange(keys.shape[2], device=q.device), call)
+        scores = _scores(q, keys, q_pos, torch.arange(keys.shape[2], device=q.device), call)
         if seen.bias is not None:
             # a slot that stands for dropped tokens is none of them
             folded = per_head(seen.bias, call)[:, :, None] != 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from saccade.core.plan import Plan
 from saccade.kernels.attend import attend
 from saccade.methods.base import Attention, CachePolicy, Selector
 
+ASIDE = "later prompt dense"  # with the layer's number in `call.step`: a policy has served a prompt for a method
 PACKED = 16  # a call with a past and at most so many queries is decoding (a token, or a draft to verify)
 
 
@@ -64,6 +65,102 @@ def phase_of(queries: int, past: int) -> str:
     return "decode" if past > 0 and queries <= PACKED else "prefill"
 
 
+def reads(method: Attention, call: Call, policy: CachePolicy | None, bias: Tensor | None = None) -> bool:
+    """Can a method read what is held for its heads: a store with holes, folded tokens, tokens that lie elsewhere?
+
+    It says so itself (`Method.unbroken`, `Method.reads_far`, `Attention.ready`). A prompt that it cannot read is served
+    by the policy.
+
+    Example:
+        >>> from saccade.core.call import Shape
+        >>> from saccade.core.table import build
+        >>> holes = Call(Shape(1, 1, 1, 1, 2), q_pos=torch.tensor([[9]]), k_pos=torch.tensor([[[0, 9]]]))
+        >>> reads(build("minference"), holes, None), reads(build("streaming"), holes, None)
+        (False, True)
+    """
+    if policy is not None and policy.away(call):
+        return method.reads_far
+    if bias is not None and not isinstance(method, Selector):
+        # it gives the answer itself, and knows nothing of slots that stand for many tokens
+        return False
+    # in steps of a fixed shape positions are given although nothing is missing
+    holes = not call.contiguous and call.filled is None
+    return not (holes and method.unbroken) and (policy is None or method.ready(call))
+
+
+class Later(NamedTuple):
+    """Heads whose later prompts a policy serves, dense over what it keeps, once it has dropped or moved something.
+
+    Args:
+        method: their method in prefill, by its name in the plan.
+        policy: the policy's name.
+        heads: query heads by layer.
+
+    Example:
+        >>> Later("minference", "snapkv", {1: (0, 1), 2: (0, 1), 3: (0, 1)}).text()
+        'dense in heads 0-1 of layers 1-3, over what snapkv keeps: minference cannot read that'
+    """
+
+    method: str
+    policy: str
+    heads: dict[int, tuple[int, ...]]
+
+    def text(self) -> str:
+        """For a person, behind "later prompts"."""
+        alike = set(self.heads.values())
+        which = f"heads {ranges(alike.pop())}" if len(alike) == 1 else "some heads"
+        where = f"{which} of layers {ranges(self.heads)}"
+        return f"dense in {where}, over what {self.policy} keeps: {self.method} cannot read that"
+
+
+def later_prompts(plan: Plan) -> list[Later]:
+    """What a plan's methods cannot read of later prompts: see `reads`.
+
+    Example:
+        >>> from saccade.core.plan import ModelShape
+        >>> later_prompts(Plan.uniform(ModelShape(2, 4, 2), prefill="minference", cache="snapkv"))
+        [Later(method='minference', policy='snapkv', heads={0: (0, 1, 2, 3), 1: (0, 1, 2, 3)})]
+        >>> later_prompts(Plan.uniform(ModelShape(2, 4, 2), prefill="streaming", cache="snapkv"))
+        []
+    """
+    found: dict[tuple[str, str], dict[int, tuple[int, ...]]] = {}
+    share = plan.model.heads // plan.model.kv_heads
+    for layer in range(plan.model.layers):
+        for kept in plan.phase(layer, "cache"):
+            policy, kv = kept.build(), range(plan.model.kv_heads) if kept.heads is None else kept.heads
+            held = {h * share + i for h in kv for i in range(share)}
+            for assign in plan.phase(layer, "prefill"):
+                both = held if assign.heads is None else held.intersection(assign.heads)
+                if both and _is_left_out(assign.build(), policy):
+                    heads = found.setdefault((assign.method, kept.method), {})
+                    heads[layer] = tuple(sorted({*heads.get(layer, ()), *both}))
+    return [Later(method, policy, heads) for (method, policy), heads in found.items()]
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers for a person.
+
+    Example:
+        >>> ranges([0, 1, 2, 5]), ranges([])
+        ('0-2, 5', 'none')
+    """
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
+
+
+def _is_left_out(method: Attention, policy: CachePolicy) -> bool:
+    """`reads`, turned round, for what is going to happen: something was dropped, folded or moved."""
+    if policy.lossless:
+        return not method.reads_far
+    folds = type(policy).fold is not CachePolicy.fold
+    return method.unbroken or (folds and not isinstance(method, Selector))
+
+
 def apply(
     q: Tensor,
     k: Tensor,
@@ -74,8 +171,13 @@ def apply(
     watch: Callable[[Seen], None] | None = None,
     bias: Tensor | None = None,
     clock: Clock | None = None,
+    phase: str | None = None,
 ) -> Tensor:
     """Attention of some heads under the methods that a plan gives them.
+
+    A later prompt of heads whose policy has dropped or moved tokens is read by the method only if it `reads` such a
+    store. Else the policy serves it, exactly over what it keeps: causal by the stored positions, its pattern and the
+    weights of folded tokens honoured.
 
     Args:
         q, k, v: queries [B,H,N,D] and what is stored for them [B,G,M,D], [B,G,M,Dv].
@@ -85,23 +187,28 @@ def apply(
         watch: called with what was done, for measuring.
         bias: added to the logits of stored keys [B,G,M]: a slot that stands for n tokens has log n.
         clock: told what each stretch of time was spent on.
+        phase: what the methods are here for, "prefill" or "decode"; None = by the number of queries (`phase_of`). A
+            row of a ragged batch may bring fewer tokens of a prompt than a draft has.
 
     Returns:
         o [B,H,N,Dv].
 
     Raises:
-        UnsupportedError: a bias, and a method that gives the answer itself; tokens outside of the store, and a method
-            that reads the store only and is to decode (a prompt that comes then is read exactly, by the policy).
+        UnsupportedError: in decoding, a method that cannot read what the policy left (`reads`): tokens lie elsewhere;
+            tokens were folded and the method gives the answer itself; or the method's own words, for holes.
     """
     H, share = call.shape.H, call.shape.H // call.shape.G
-    if call.contiguous:
-        # tokens may have been taken back, and others written in their place by calls that a method does not see
+    if call.contiguous and f"cut {call.layer}" not in call.step:
+        # tokens may have been taken back, and others written in their place by calls that a method does not see; once
+        # for all heads of the layer, because what one group of heads has just learned lies behind the others' offset
+        call.step[f"cut {call.layer}"] = True
         for held in call.memory.values():
             if isinstance(held, dict) and held.get("slots", 0) > call.offset:
                 held["slots"] = call.offset
     ids = call.heads
     default = policy.pattern(call) if policy is not None else Full()
     away = policy is not None and policy.away(call)
+    prompt = (phase_of(call.shape.N, call.offset) if phase is None else phase) == "prefill"
     left = set(range(H))
     patterns: list[tuple[tuple[int, ...], Pattern]] = []
     answers: list[tuple[tuple[int, ...], Tensor]] = []
@@ -110,15 +217,17 @@ def apply(
         local = tuple(i for i in range(H) if heads is None or ids[i] in heads)
         if not local:
             continue
-        if away and not method.reads_far and call.shape.N > PACKED:
-            # a later prompt: heads whose tokens lie elsewhere are served exactly, by who moved them
+        kv = kv_heads(local, share)
+        sub = call.take(local, kv) if len(local) < H else call
+        if prompt and not reads(method, sub, policy, bias):
+            # served with the heads that no method names; noted for who counts
+            call.step[f"{ASIDE} {call.layer}"] = True
             continue
         left -= set(local)
         names.append(type(method).__name__)
-        mine, keys, values, sub = q, k, v, call
+        mine, keys, values = q, k, v
         if len(local) < H:
-            kv = kv_heads(local, share)
-            mine, sub = q[:, list(local)], call.take(local, kv)
+            mine = q[:, list(local)]
             keys, values = (t if kv == tuple(range(t.shape[1])) else t[:, list(kv)] for t in (k, v))
             lap(clock, "copy")
         if away and not method.reads_far:

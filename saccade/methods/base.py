@@ -59,7 +59,8 @@ class Method:
             instance may say so by its arguments.
         full_steps: now and then a query reads everything, beside others of its call that keep to the budget.
         whole_store: needs every token of every layer in the store (no eviction beside it).
-        unbroken: in decoding, needs every token of its own heads in the store.
+        unbroken: cannot read a store with holes. Where a policy drops tokens of its heads it may not decode, and later
+            prompts are read without it: dense over what the policy keeps (`saccade.methods.apply.reads`).
         reads_far: reads what a policy has moved out of the store, too (see `CachePolicy.away`).
         trained: needs trained weights.
         weights_for: the model that an instance's trained weights are for; None = any.
@@ -98,6 +99,10 @@ class Attention(Method):
     def source(self, layer: int) -> int | None:
         """The layer whose choice this layer reads, which then must have the same method for the same heads; or None."""
         return None
+
+    def ready(self, call: Call) -> bool:
+        """Has it seen what it needs of earlier tokens? If not, the policy of these heads, if any, serves the prompt."""
+        return True
 
     def prompt(self, q: Tensor, k: Tensor, call: Call) -> None:
         """Called with a prompt's queries and keys after its attention, where this method is to decode: to learn."""

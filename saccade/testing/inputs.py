@@ -306,7 +306,8 @@ class Feed:
                 mine = asked[-1] if len(heads) == q.shape[1] else asked[-1][:, heads]
                 call = call_for(mine, view, store.seen[rows.start], tuple(heads), x=piece.x[rows][:, real], **fields)
                 found: list[Seen] = []
-                o = apply(mine, view.k, view.v, call, methods, view.policy, found.append, view.bias)
+                given = (methods, view.policy, found.append, view.bias, None, phase)
+                o = apply(mine, view.k, view.v, call, *given)
                 overheard(mine, view.k, call, later)
                 # the store writes over its keys and positions
                 k_pos = None if call.k_pos is None else call.k_pos.clone()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,25 +21,45 @@ from saccade.kernels.attend import attend
 from saccade.kernels.merge import Out, merge
 from saccade.methods.base import CachePolicy, check_ints
 
+STAMP = 8  # bytes of a block's checksum in the block cache
 
-def check_room(wanted: Iterable[tuple[Offload, int]]) -> None:
+
+class Wanted(NamedTuple):
+    """What a layer has of it: the policy, how many key heads, and bytes of a token's key and value in one of them."""
+
+    policy: Offload
+    heads: int
+    width: int
+
+
+def check_room(wanted: Sequence[Wanted], tokens: int = 0) -> None:
     """Ask for the space of all layers together, before any work.
 
     Args:
-        wanted: each layer's policy, and the bytes that it will put away (`Offload.need`).
+        wanted: what each layer has; widths of 0 are not known, and nothing is asked for them.
+        tokens: of the sequence; 0 = not known, where only what can hold nothing at all is refused.
 
     Raises:
+        InputError: the block caches of all layers together hold less than a block for each.
         SpaceError: host memory, a folder or a policy's limit holds less.
 
     Example:
-        >>> policy = Offload(limit=1000)
-        >>> check_room([(policy, policy.need(10_000, heads=2, width=256))])
+        >>> check_room([Wanted(Offload(limit=1000), heads=2, width=256)], tokens=10_000)
         Traceback (most recent call last):
         ...
         saccade.core.errors.SpaceError: Offload: a layer would put away 4784128 bytes, its limit is 1000; raise it
     """
+    known = [each for each in wanted if each.width]
+    least = max((each.policy.block * each.width + STAMP for each in known), default=0)
+    cache = min((each.policy.cache for each in known), default=0)
+    if cache < least * len(known):
+        raise InputError(
+            f"Offload: a block cache of {cache} bytes for {len(known)} layers together does not hold one block of "
+            f"{least} bytes for each; make cache {least * len(known)} or more, or blocks smaller"
+        )
     sizes: dict[str | None, int] = {}
-    for policy, size in wanted:
+    for policy, heads, width in known:
+        size = policy.need(tokens, heads, width)
         if policy.limit is not None and size > policy.limit:
             raise SpaceError(f"Offload: a layer would put away {size} bytes, its limit is {policy.limit}; raise it")
         sizes[policy.folder] = sizes.get(policy.folder, 0) + size
@@ -55,8 +75,8 @@ class Offload(CachePolicy):
     Nothing is lost: the heads keep their first and newest tokens in the store, whole blocks of the others lie in host
     memory (pinned, beside a GPU) or in a file mapped into memory. Heads that no method serves read all of it, a piece
     at a time through a block cache on the device, and are dense; `retrieval` and `fetch` read what matters of it. Any
-    other method would overlook what is far away: to decode, it is refused once something is; a later prompt it would
-    read is read exactly instead, by streaming what is far past the queries, chunk by chunk.
+    other method would overlook what is far away: to decode, it is refused; a later prompt it would read is read exactly
+    instead, by streaming what is far past the queries, chunk by chunk.
 
     Args:
         sink: tokens kept in the store from the start of the sequence.
@@ -123,14 +143,18 @@ class Offload(CachePolicy):
         return ends.to(k.device)[None, None]
 
     def need(self, tokens: int, heads: int, width: int) -> int:
-        """Bytes on the far side for a sequence of so many tokens, for each layer and row.
+        """Bytes on the far side for a sequence of so many tokens, or for those expected, for each layer and row.
 
         Args:
-            tokens: of the sequence.
+            tokens: of the sequence; 0 = not known, at least a block then.
             heads: key heads.
             width: bytes of a token's key and value in one head.
         """
-        return max(0, tokens - self.sink - self.recent - DRAFT) // self.block * self.block * heads * width
+        blocks = max(0, tokens - self.sink - self.recent - DRAFT) // self.block if tokens else 1
+        if blocks:
+            # room for what is expected is made with the first
+            blocks = max(blocks, -(-self.expect // self.block))
+        return blocks * self.block * heads * width
 
     def claim(self, seen: int) -> int:
         return min(seen, self.sink + self.recent + DRAFT + self.block - 1)

@@ -67,7 +67,8 @@ class SnapKV(CachePolicy):
         past = call.memory.get(("snapkv", call.heads))
         # a call of few tokens: those before them still vote
         voters = q[:, :, -self.window :] if past is None else torch.cat((past, q), 2)[:, :, -self.window :]
-        call.memory["snapkv", call.heads] = voters
+        # a copy: a slice would hold all queries of the prompt in memory
+        call.memory["snapkv", call.heads] = voters = voters.detach().clone()
         if self.capacity + self.slack >= M:
             return None
         votes = key_mass(voters, k, _at_the_end(voters, call)).unflatten(1, (call.shape.G, -1)).mean(2)

@@ -54,6 +54,7 @@ class FlexPrefill(Selector):
     phases = ("prefill",)
     strictly_causal = False  # the last queries choose for all
     chunked = "each chunk is estimated from its own last queries"
+    unbroken = True
     paper = "FlexPrefill, ICLR 2025, arXiv 2502.20766"
 
     gamma: float = 0.9

@@ -55,6 +55,7 @@ class HyperAttention(Attention):
     phases = ("prefill",)
     strictly_causal = False  # where a query is sorted to depends on the queries of its half
     chunked = "every chunk is split, sorted and drawn for anew"
+    unbroken = True
     paper = "HyperAttention, ICLR 2024, arXiv 2310.05869"
 
     block: int = 256

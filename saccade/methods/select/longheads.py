@@ -109,6 +109,13 @@ class LongHeads(Attention):
             torch.cat([out.o for out in outs], 2), torch.cat([out.lse for out in outs if out.lse is not None], 2)
         )
 
+    def ready(self, call: Call) -> bool:
+        mine: dict[str, Any] = call.memory.get(f"longheads {call.heads}", {"slots": 0})
+        kept = min(mine["slots"], call.offset) // self.chunk * self.chunk
+        # "slots" is cut when tokens are taken back, so the tail says by itself where it starts
+        held = "tail" in mine and mine["slots"] >= call.offset and mine["start"] <= kept
+        return call.offset == kept or held
+
     def estimate(self, call: Call) -> float:
         B, H, _, N, M = call.shape
         begin = min(M, self.keys if self.begin is None else self.begin)
@@ -156,13 +163,12 @@ class LongHeads(Attention):
         asked = q.detach()
         if call.offset > kept * size:
             # the queries of the chunk that was not finished; tokens that were taken back lie behind those
-            tail: Tensor | None = mine.get("tail")
-            start = mine["slots"] - (0 if tail is None else tail.shape[2])
-            if tail is None or mine["slots"] < call.offset or start > kept * size:
+            if not self.ready(call):
                 raise InputError(
                     f"LongHeads: {call.offset} tokens are stored whose queries it has not seen (layer {call.layer}); "
                     "put it into prefill and decode of the same heads"
                 )
+            tail, start = mine["tail"], mine["start"]
             asked = torch.cat((tail[:, :, kept * size - start : call.offset - start], asked), 2)
         rows: Tensor = mine.get("rows", q.new_zeros((*q.shape[:2], 0, q.shape[3])))[:, :, :kept]
         if whole > kept:
@@ -171,10 +177,10 @@ class LongHeads(Attention):
                 asked[:, :, : part.stop - part.start], k[:, :, part], v[:, :, part], part.start, size, rope, call
             )
             rows = torch.cat((rows, new), 2)
-        # enough for the chunk at hand, and for one more before it if tokens are taken back
-        mine.update(
-            slots=M, rows=rows, tail=asked[:, :, -min(asked.shape[2], M - max(0, (M - SPARE) // size) * size) :]
-        )
+        # enough for the chunk at hand, and for one more before it if tokens are taken back; a copy, because a slice
+        # would hold all queries of the prompt in memory
+        left = min(asked.shape[2], M - max(0, (M - SPARE) // size) * size)
+        mine.update(slots=M, rows=rows, tail=asked[:, :, asked.shape[2] - left :].clone(), start=M - left)
         return rows
 
 

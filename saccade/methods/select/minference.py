@@ -51,6 +51,7 @@ class MInference(Selector):
     phases = ("prefill",)
     strictly_causal = False  # the last queries choose for all
     chunked = "each chunk is estimated from its own last queries"
+    unbroken = True
     paper = "MInference 1.0, NeurIPS 2024, arXiv 2407.02490"
 
     columns: int = 1000

@@ -44,6 +44,7 @@ class Pooled(Scorer):
     phases = ("prefill",)
     strictly_causal = False  # a query block's mean, and that of its own key block, hold later tokens
     chunked = "query blocks start at the chunk's first query, and keys that come later are not yet averaged"
+    unbroken = True
     paper = "MInference 1.0, NeurIPS 2024, arXiv 2407.02490"
 
     budget: int | float = 6400

@@ -44,6 +44,7 @@ class TriShape(Selector):
     phases = ("prefill",)
     strictly_causal = False  # how many queries follow decides which are the last
     chunked = "the last queries of every chunk read everything"
+    unbroken = True
     paper = "SCBench, ICLR 2025, arXiv 2412.10319"
 
     sink: int = 128

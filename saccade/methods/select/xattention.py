@@ -53,6 +53,7 @@ class XAttention(Selector):
     phases = ("prefill",)
     strictly_causal = False  # all rows of a query block choose together
     chunked = "query blocks start at the chunk's first query, so other rows choose together"
+    unbroken = True
     paper = "XAttention, ICML 2025, arXiv 2503.16428"
 
     threshold: float = 0.9

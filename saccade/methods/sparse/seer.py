@@ -63,6 +63,7 @@ class Seer(Selector):
     strictly_causal = False  # a query block's mean, and the features of its own key block, hold later tokens
     chunked = "query blocks start at the chunk's first query, and keys that come later are not yet in their block"
     full_steps = True
+    unbroken = True
     trained = True
     paper = "SeerAttention, NeurIPS 2025, arXiv 2410.13276"
 

@@ -1,10 +1,12 @@
 """What is true of Offload: nothing is lost, the store's bytes fall, and no method overlooks what is far."""
 
+import re
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saccade import Plan, attach
+from saccade import Assign, Plan, attach
 from saccade.cache import arena as arena_module
 from saccade.cache.far import far_of
 from saccade.cache.store import DRAFT, Store, call_for
@@ -208,7 +210,7 @@ PROMPT = [
 
 
 @pytest.mark.parametrize("prefill", PROMPT)
-@pytest.mark.parametrize("decode", [None, ("fetch", {"blocks": 4096}), ("quest", {"budget": 64})])
+@pytest.mark.parametrize("decode", [None, ("fetch", {"blocks": 4096})])
 def test_a_second_question_is_read_exactly_whatever_reads_prompts(model, prefill, decode, tmp_path):
     """What the first turn's method did to the keys stays; from the second on nothing that is far is overlooked."""
     rng = torch.Generator().manual_seed(4)
@@ -219,9 +221,6 @@ def test_a_second_question_is_read_exactly_whatever_reads_prompts(model, prefill
         model(first, past_key_values=cache)
         assert cache.state_bytes() > 10_000
         got = model(second, past_key_values=cache).logits
-        if decode is not None and decode[0] == "quest":
-            with pytest.raises(UnsupportedError, match="Offload has moved tokens"):
-                model(second[:, :1], past_key_values=cache)
     # the reference: the same first turn, everything kept, and a dense second one over it
     with attach(model, Plan.uniform(model, prefill=prefill)) as session, torch.no_grad():
         whole = session.cache()
@@ -286,6 +285,54 @@ def test_a_lack_of_space_is_told_before_any_work(model, where, monkeypatch, tmp_
         if where == "limit":
             return
         session.cache(4900)
+
+
+@pytest.mark.parametrize("decode", ["dense", "streaming", ("quest", {"budget": 64}), "hip"])
+def test_a_decoder_that_overlooks_it_is_not_attached(model, decode):
+    for heads, taken in ((None, [0, 1, 2, 3]), ((1,), [2, 3])):
+        far = Assign(heads, "offload", {"recent": 64}, "cache")
+        plan = Plan.uniform(model, decode=decode).also(Plan.per_head(model, [[], [far]]))
+        with pytest.raises(PlanError, match=f"in layer 1 .* heads {re.escape(str(taken))}"):
+            attach(model, plan)
+        assert model.config._attn_implementation == "sdpa"
+    # other heads, and a method that reads what is far, are served
+    some = [Assign((0, 1), *(decode if isinstance(decode, tuple) else (decode, {})), "decode")]
+    attach(model, Plan.per_head(model, [[*some, far], []])).detach()
+    attach(model, Plan.uniform(model, decode="fetch", cache="offload")).detach()
+
+
+@pytest.mark.parametrize(
+    ("args", "free", "error", "said"),
+    [
+        # a block of 8 tokens: key and value of width 8 in float64, and its checksum, for 2 layers
+        ({"cache": 2 * (8 * 2 * 8 * 8 + 8) - 1}, None, InputError, "make cache 2064 or more"),
+        ({"limit": 8 * 2 * 2 * 8 * 8 - 1}, None, SpaceError, "its limit is 2047"),
+        ({"expect": 4000}, 4000 * 2 * 2 * 2 * 8 * 8 - 1, SpaceError, "2048000 bytes of host memory are needed"),
+        ({"expect": 4000, "limit": 500_000}, None, SpaceError, "would put away 1024000 bytes"),
+        ({"folder": "here"}, 100, SpaceError, "4096 bytes in .* 100 are free"),
+    ],
+)
+def test_no_room_at_all_is_told_when_attached(model, args, free, error, said, monkeypatch, tmp_path):
+    if free is not None:
+        monkeypatch.setattr(arena_module, "_available", lambda: free)
+        usage = arena_module.shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(arena_module.shutil, "disk_usage", lambda folder: usage._replace(free=free))
+    args = {"sink": 4, "recent": 16, "block": 8} | args | ({"folder": str(tmp_path)} if "folder" in args else {})
+    with pytest.raises(error, match=said):
+        attach(model, Plan.uniform(model, cache=("offload", args)))
+    assert model.config._attn_implementation == "sdpa"
+    # a little more of what was too little
+    more = {key: value + 1 for key, value in args.items() if key in ("cache", "limit") and "expect" not in args}
+    if more:
+        attach(model, Plan.uniform(model, cache=("offload", args | more))).detach()
+
+
+def test_a_text_that_stays_in_the_store_needs_no_room(model, monkeypatch):
+    with attach(model, Plan.uniform(model, cache=("offload", {"sink": 4, "recent": 600}))) as session:
+        monkeypatch.setattr(arena_module, "_available", lambda: 0)
+        session.cache(500)
+        with pytest.raises(SpaceError, match="host memory"):
+            session.cache(1000)
 
 
 def test_all_layers_share_one_budget_on_the_device(model):

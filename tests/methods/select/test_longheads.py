@@ -145,6 +145,21 @@ def test_it_must_have_seen_the_queries_of_the_prompt():
         LongHeads(keys=32, chunk=8).attend(k, k, k, Call.of(k, k))
 
 
+@pytest.mark.parametrize("count", [1, 8, 13])
+def test_a_draft_that_is_taken_back_leaves_the_queries_of_its_chunk(count):
+    """A chunk that the draft had begun or finished is summed up from the tokens that stayed."""
+    sequence = stream(130)
+    method = LongHeads(keys=40, chunk=8, begin=24, block_q=12)
+    feed = Feed(method)
+    feed(sequence.part(0, 100))
+    feed(sequence.changed(100, "q", "k", "v").part(100, 100 + count))
+    feed.crop(count)
+    got = torch.cat([feed(sequence.part(at, at + 1)) for at in range(100, 130)], -2)
+    alone = Feed(method)
+    alone(sequence.part(0, 100))
+    torch.testing.assert_close(got, torch.cat([alone(sequence.part(at, at + 1)) for at in range(100, 130)], -2))
+
+
 def test_another_question_after_tokens_were_taken_back():
     method, sequence, other = LongHeads(keys=32, chunk=8, begin=0), stream(150), stream(150, seed=5)
     feed = Feed(method)
