@@ -10,7 +10,7 @@ from saccade.cli.arguments import numbers, positive
 from saccade.cli.main import Result
 from saccade.cli.progress import Progress
 from saccade.cli.table import number, table
-from saccade.core.errors import UnsupportedError
+from saccade.core.errors import InputError, UnsupportedError
 
 HELP = "time attention, decoding, selection, scans or a whole model against their peers in the same run"
 VERBS = {
@@ -21,6 +21,19 @@ VERBS = {
     "e2e": "prefill and decode of an 8B Llama's shape with random weights",
 }
 PEERS = ("sdpa-flash", "sdpa-cudnn", "flex")
+DEFAULTS = {
+    **{"length": [32768], "density": [0.1], "block": 128, "peers": list(PEERS), "backward": False, "slash": False},
+    **{"decay": "both", "layers": 32, "prefill": "pooled", "decode": "tidal"},
+}
+USES = {
+    "attend": ("length", "density", "dtype", "heads", "kv_heads", "width", "block", "repeat"),
+    "attend on cuda": ("peers", "backward", "slash"),
+    "decode": ("length", "density", "dtype", "repeat"),
+    "select": ("length", "density", "dtype", "repeat"),
+    "scan": ("length", "dtype", "heads", "width", "repeat", "decay"),
+    "e2e": ("length", "density", "dtype", "repeat", "layers", "prefill", "decode"),
+    "e2e --methods": ("length", "dtype", "layers", "methods"),
+}
 CPU, GPU = (4, 2, 64, 5), (32, 8, 128, 20)  # query heads, key heads, width, runs of a median
 
 
@@ -28,25 +41,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """What to time."""
     parser.add_argument("verb", choices=VERBS, help="; ".join(f"{verb}: {what}" for verb, what in VERBS.items()))
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
-    parser.add_argument("--length", type=numbers, default=[32768], metavar="N,...", help="tokens (32768)")
-    parser.add_argument(
-        "--density", type=shares, default=[0.1], metavar="R,...", help="shares of the causal pairs read (0.1)"
-    )
+    parser.add_argument("--length", type=numbers, metavar="N,...", help="tokens (32768)")
+    parser.add_argument("--density", type=shares, metavar="R,...", help="shares of the causal pairs read (0.1)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16", "both"), help="(cpu: float32, cuda: bfloat16)"
     )
     parser.add_argument("--heads", type=positive, help="query heads (cpu: 4, cuda: 32)")
     parser.add_argument("--kv-heads", type=positive, help="key heads (cpu: 2, cuda: 8)")
     parser.add_argument("--width", type=positive, help="channels of a head (cpu: 64, cuda: 128)")
-    parser.add_argument("--block", type=positive, default=128, help="rows and keys of a block (128)")
+    parser.add_argument("--block", type=positive, help="rows and keys of a block (128)")
     parser.add_argument("--repeat", type=positive, help="runs that a median is made of (cpu: 5, cuda: 20, e2e: 1)")
-    parser.add_argument("--peers", type=words, default=list(PEERS), help=f"attend on cuda ({','.join(PEERS)})")
-    parser.add_argument("--backward", action="store_true", help="attend on cuda: also the gradients")
-    parser.add_argument("--slash", action="store_true", help="attend on cuda: also columns and diagonals")
-    parser.add_argument("--decay", choices=("head", "token", "both"), default="both", help="scan: per what (both)")
-    parser.add_argument("--layers", type=positive, default=32, help="e2e: layers of the model (32)")
-    parser.add_argument("--prefill", default="pooled", help="e2e: pooled or minference (pooled)")
-    parser.add_argument("--decode", default="tidal", help="e2e: a decode method (tidal)")
+    parser.add_argument("--peers", type=words, help=f"attend on cuda ({','.join(PEERS)})")
+    parser.add_argument("--backward", action="store_true", default=None, help="attend on cuda: also the gradients")
+    parser.add_argument("--slash", action="store_true", default=None, help="attend on cuda: also columns and diagonals")
+    parser.add_argument("--decay", choices=("head", "token", "both"), help="scan: per what (both)")
+    parser.add_argument("--layers", type=positive, help="e2e: layers of the model (32)")
+    parser.add_argument("--prefill", help="e2e: pooled or minference (pooled)")
+    parser.add_argument("--decode", help="e2e: a decode method (tidal)")
     parser.add_argument(
         "--methods",
         metavar="NAME,...",
@@ -65,6 +76,10 @@ def run(args: argparse.Namespace) -> Result:
         torch.set_num_threads(args.threads)
     device = str(check_device(args.device))
     gpu = device.startswith("cuda")
+    _check_used(args, gpu)
+    for option, default in DEFAULTS.items():
+        if getattr(args, option) is None:
+            setattr(args, option, default)
     heads, kv_heads, width, repeat = GPU if gpu else CPU
     args.heads, args.kv_heads = args.heads or heads, args.kv_heads or kv_heads
     args.width = args.width or width
@@ -82,6 +97,24 @@ def run(args: argparse.Namespace) -> Result:
         data["machine"] = torch.cuda.get_device_name(device)
         where = f"{data['machine']}, torch {torch.__version__}"
     return Result(data, f"{_table(rows)}\n{where}")
+
+
+def _check_used(args: argparse.Namespace, gpu: bool) -> None:
+    """Refuse options that were given and would change nothing."""
+    verb = args.verb
+    mode = "e2e --methods" if verb == "e2e" and args.methods else verb
+    used = [*USES[mode], *(USES["attend on cuda"] if verb == "attend" and gpu else ())]
+    for option in dict.fromkeys(name for names in USES.values() for name in names):
+        if getattr(args, option) is not None and option not in used:
+            others = ", ".join(other for other, names in USES.items() if option in names)
+            raise InputError(
+                f"bench {mode}: {_flag(option)} is not used here, but by {others}; leave it out. "
+                f"Used here: {', '.join(map(_flag, used))}"
+            )
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
 def shares(text: str) -> list[float]:

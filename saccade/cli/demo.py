@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from saccade.cli.arguments import add_model, load_model, positive
 from saccade.cli.main import Result
 from saccade.cli.progress import Progress, warn
 from saccade.cli.table import number, percent, size, table
+from saccade.core.machine import cpus
 
 if TYPE_CHECKING:
     from saccade.evaluate.model import Loaded
@@ -115,7 +115,7 @@ def describe(loaded: Loaded, length: int, command: str) -> dict[str, str]:
     return {
         "model": f"{loaded.name}, {parameters / 1e6:.1f}M parameters, {loaded.dtype}",
         "length": f"{length} tokens",
-        "machine": f"{on}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+        "machine": f"{on}, {cpus()} CPUs, {torch.get_num_threads()} threads",
         "software": f"saccade {saccade.__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),

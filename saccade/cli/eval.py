@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from saccade.evaluate.samples import Cell
     from saccade.evaluate.significance import Verdict
 
+COLUMNS = (
+    "reads: pairs scored, choosing included, of dense's. mass: softmax weight on what is read.\n"
+    "first: time to the first token. token: time of each further one. kv: bytes of keys and values."
+)
 HELP = "score methods and plans on tasks; an interrupted run goes on where it stopped"
 
 
@@ -50,7 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Run what is not there yet, then show all rows."""
+    """Run what is not there yet, then show all rows; exit code 1 where a cell failed."""
     from saccade.core.plan import read_text
     from saccade.evaluate.presets import CONTROLS, names_of
     from saccade.evaluate.run import Ask, get_task
@@ -114,7 +118,7 @@ def run(args: argparse.Namespace) -> Result:
             append(Path(args.out), [{key: text for key, text in held.items() if key != "length"}], CONDITIONS)
     failed = [row for row in rows if row.get("error")]
     verdicts = against(rows, read(Path(args.out)))
-    lines = [text_table(rows, verdicts)]
+    lines = [text_table(rows, verdicts), COLUMNS]
     if any(one.found.p is not None for one in verdicts.values()):
         lines.append(
             f"vs dense: p on the same samples (McNemar, exact; paired bootstrap of part scores), {len(verdicts)} "
@@ -127,7 +131,7 @@ def run(args: argparse.Namespace) -> Result:
         dict(zip(("method", "task", "length"), cell, strict=True)) | {"verdict": one.word} | one.found._asdict()
         for cell, one in verdicts.items()
     ]
-    return Result({"rows": rows, "against_dense": compared}, "\n".join(lines))
+    return Result({"rows": rows, "against_dense": compared}, "\n".join(lines), 1 if failed else 0)
 
 
 def _crew(args: argparse.Namespace, loaded: Loaded) -> Callable[[], AbstractContextManager[Crew]] | None:
@@ -146,9 +150,10 @@ def _crew(args: argparse.Namespace, loaded: Loaded) -> Callable[[], AbstractCont
 def text_table(rows: list[dict[str, Any]], verdicts: dict[Cell, Verdict] | None = None) -> str:
     """The rows for a terminal, scores with their 95 % Wilson intervals, and what their samples say beside dense."""
     head = ["method", "task", "length", "n", "score", "95 %", "vs dense", "reads", "mass", "first", "token", "kv"]
+    names = _names(row["method"] for row in rows)
     cells = [
         [
-            row["method"],
+            names[row["method"]],
             row["task"],
             str(row["length"]),
             str(row["n"] or "-"),
@@ -166,8 +171,17 @@ def text_table(rows: list[dict[str, Any]], verdicts: dict[Cell, Verdict] | None 
     return table(head, cells, "llrrrrlrrrrr")
 
 
+def _names(methods: Iterable[str]) -> dict[str, str]:
+    """What the table calls each method: a plan file by its name without the folder, unless two have the same."""
+    found = {name: Path(name).name if name.endswith((".json", ".tsv")) or "/" in name else name for name in methods}
+    shown = list(found.values())
+    return {name: short if shown.count(short) == 1 else name for name, short in found.items()}
+
+
 def _verdict(one: Verdict | None) -> str:
     if one is None:
         return "-"
     p = one.found.p
-    return one.word if p is None or one.word == "same" else f"{one.word} {'<.001' if p < 0.001 else f'{p:.3f}'[1:]}"
+    if p is None or one.word == "same":
+        return one.word
+    return f"{one.word} {'<.001' if p < 0.001 else f'{p:.3f}'.removeprefix('0')}"

@@ -33,7 +33,8 @@ def describe(name: str) -> dict[str, Any]:
         "name": name,
         "family": family(name),
         "phases": list(cls.phases),
-        "trained": bool(cls.trained),
+        # a method may have a hyperparameter of this name
+        "trained": cls.trained is True,
         "paper": cls.paper,
         "idea": " ".join(doc.split()),
     }

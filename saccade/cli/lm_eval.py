@@ -10,6 +10,7 @@ from saccade.cli.arguments import add_model, load_model, numbers, positive
 from saccade.cli.main import Result
 from saccade.cli.progress import Progress, warn
 from saccade.cli.table import number, table
+from saccade.core.errors import InputError
 
 HELP = "run tasks of lm-evaluation-harness (RULER, LongBench, BABILong, your own) under plans, dense beside"
 
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> Result:
     from saccade.evaluate.harness import run as evaluate
     from saccade.evaluate.presets import DENSE, names_of
 
+    if args.fewshot is not None and args.fewshot < 0:
+        raise InputError(f"lm-eval: --fewshot must be >= 0, got {args.fewshot}")
     methods, tasks = names_of([DENSE, *names_of(args.methods)]), names_of(args.tasks)
     loaded = load_model(args)
     for length in args.lengths:

@@ -60,4 +60,4 @@ def run(args: argparse.Namespace) -> Result:
         percent(seen["density_decode"]),
     ]
     head = ["tokens", "first token", "per token", "keys and values", "reads in prefill", "in decode"]
-    return Result(data, f"{said.text}\n\n{table(head, [row], 'rrrrrr')}")
+    return Result(data, f"{said.text or '(no answer: its first token ended it)'}\n\n{table(head, [row], 'rrrrrr')}")

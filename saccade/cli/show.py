@@ -55,6 +55,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Watch the method at work and draw it."""
+    from saccade.evaluate.report.panels import BLANK
     from saccade.evaluate.report.plot import save_panels
     from saccade.evaluate.report.text import draw
 
@@ -81,16 +82,17 @@ def run(args: argparse.Namespace) -> Result:
     title, shares = picture.panels[0]
     places = [mark / picture.extent[0] for mark in picture.marks] if picture.extent else []
     causal = picture.kind not in ("decode", "cache")
+    how = picture.how if shares.any(-1).all() else f"{BLANK} {picture.how}"
     lines = [
         textwrap.fill(" ".join(describe(name)["idea"] for name in names), 80),
         "",
         f"{title}",
         draw(shares, picture.down, picture.across, causal=causal, marks=places),
         "",
-        textwrap.fill(picture.how, 80),
+        textwrap.fill(how, 80),
     ]
     data = {"method": args.method, "kind": picture.kind} | picture.data
-    data |= {"how": picture.how, "cells": [[round(x, 3) for x in row] for row in shares.tolist()]}
+    data |= {"how": how, "cells": [[round(x, 3) for x in row] for row in shares.tolist()]}
     data["png"] = None if path is None else str(path.resolve())
     return Result(data, "\n".join(lines + ([f"The picture: {path.resolve()}"] if path else [])))
 

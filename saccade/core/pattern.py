@@ -38,9 +38,16 @@ class Pattern:
         seen = call.sees(q_pos[:, None, rows, None], per_head(k_pos, call)[:, :, None, :])
         return (self.member(call, rows, slots) & seen).expand(B, H, len(rows), M)
 
+    def counts(self, call: Call) -> Tensor:
+        """How many (query, key) pairs each query head visits, over all rows: float64 [H], where the index lies.
+
+        The host waits for nothing here, so that a model can be watched as it runs.
+        """
+        return self._count(call)
+
     def pairs(self, call: Call) -> float:
         """How many (query, key) pairs are visited, over all rows and heads."""
-        return self._count(call)
+        return float(self.counts(call).sum())
 
     def density(self, call: Call) -> float:
         """Visited pairs as a share of all that the call allows: 1.0 is dense attention."""
@@ -81,11 +88,13 @@ class Pattern:
         given = call.k_pos if call.k_pos is not None else call.q_pos
         return self.device if given is None else given.device
 
-    def _count(self, call: Call) -> float:
+    def _count(self, call: Call) -> Tensor:
+        """`counts` of any pattern in any call: by its mask, a stretch of rows at a time."""
         B, H, _, N, M = call.shape
         step = max(1, CHUNK // (B * H * M))
         rows = torch.arange(N, device=self._place(call))
-        return float(sum(self.mask(call, rows[i : i + step]).sum().item() for i in range(0, N, step)))
+        found = [self.mask(call, rows[i : i + step]).sum((0, 2, 3)) for i in range(0, N, step)]
+        return torch.stack(found).sum(0).double()
 
 
 @dataclass(frozen=True)
@@ -95,10 +104,16 @@ class Full(Pattern):
     def member(self, call: Call, rows: Tensor, slots: Tensor) -> Tensor:
         return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=slots.device)
 
+    def counts(self, call: Call) -> Tensor:
+        if not call.contiguous:
+            return self._count(call)
+        # on the CPU: nothing has to be asked
+        return torch.full((call.shape.H,), self.pairs(call) / call.shape.H, dtype=torch.double)
+
     def pairs(self, call: Call) -> float:
         B, H, _, N, M = call.shape
         if not call.contiguous:
-            return self._count(call)
+            return super().pairs(call)
         return float(B * H * (N * call.offset + N * (N + 1) // 2 if call.causal else N * M))
 
 
@@ -137,17 +152,14 @@ class Window(Pattern):
         sink, recent = self._column("sink"), self._column("recent")
         return (j < sink) | ((p - j).abs() < recent)
 
-    def pairs(self, call: Call) -> float:
-        B, H, _, N, M = call.shape
+    def counts(self, call: Call) -> Tensor:
         if not (call.contiguous and call.causal):
             return self._count(call)
-        seen = torch.arange(call.offset, M, device=self.device) + 1
-        sink, recent = self._column("sink"), self._column("recent")
-        sink, recent = (torch.as_tensor(x, device=self.device).reshape(-1, 1) for x in (sink, recent))
-        near = torch.minimum(seen[None], recent)
-        far = torch.minimum(sink, (seen[None] - recent).clamp_min(0))
-        total = (near + far).sum(-1).double()
-        return float(B * total.sum().item() * (H if total.numel() == 1 else 1))
+        seen = torch.arange(call.offset, call.shape.M, device=self.device)[None] + 1
+        # a column [H, 1] or a number
+        sink, recent = (x[:, None] if isinstance(x, Tensor) else x for x in (self.sink, self.recent))
+        far = (seen - recent).clamp(min=0).clamp(max=sink)
+        return _of_heads((seen.clamp(max=recent) + far)[None], call)
 
     def _column(self, name: str) -> Any:
         value = getattr(self, name)
@@ -196,8 +208,8 @@ class Blocks(Pattern):
         shape = torch.broadcast_shapes((*table.shape[:3], 1), slots.shape)
         return table.expand(*shape[:3], table.shape[3]).gather(3, (slots // self.block_k).expand(shape))
 
-    def pairs(self, call: Call) -> float:
-        B, H, _, N, M = call.shape
+    def counts(self, call: Call) -> Tensor:
+        M = call.shape.M
         if not (call.contiguous and call.causal):
             return self._count(call)
         index = per_head(self.index, call).long()
@@ -207,7 +219,7 @@ class Blocks(Pattern):
         # row i of a query block sees clamp(first + i - start + 1, 0, width) keys of the block: a sum in closed form
         a = first[:, None] - start + 1
         total = (_ramp(a + rows[:, None] - 1, width) - _ramp(a - 1, width)) * (index >= 0)
-        return float(total.double().sum().item() * (B // index.shape[0]) * (H // index.shape[1]))
+        return _of_heads(total, call)
 
     def _rows(self, call: Call) -> tuple[Tensor, Tensor]:
         """First position and number of rows of each query block, [query blocks] each."""
@@ -284,8 +296,8 @@ class Tokens(Pattern):
         shape = torch.broadcast_shapes((*table.shape[:3], 1), slots.shape)
         return table.expand(*shape[:3], table.shape[3]).gather(3, slots.expand(shape))
 
-    def pairs(self, call: Call) -> float:
-        B, H, _, N, M = call.shape
+    def counts(self, call: Call) -> Tensor:
+        M = call.shape.M
         if not (call.contiguous and call.causal):
             return self._count(call)
         index = per_head(self.index, call).long()
@@ -293,7 +305,7 @@ class Tokens(Pattern):
             seen = torch.where(index >= 0, M - index.clamp_min(call.offset), 0)
         else:
             seen = (index >= 0) & (index <= torch.arange(call.offset, M, device=index.device)[:, None])
-        return float(seen.double().sum().item() * (B // index.shape[0]) * (H // index.shape[1]))
+        return _of_heads(seen, call)
 
 
 @dataclass(frozen=True)
@@ -315,11 +327,11 @@ class Union(Pattern):
     def heads(self, ids: Sequence[int], call: Call | None = None) -> Pattern:
         return Union(tuple(part.heads(ids, call) for part in self.parts))
 
-    def pairs(self, call: Call) -> float:
+    def counts(self, call: Call) -> Tensor:
         if call.contiguous and call.causal and len(self.parts) == 2:
             shared = _overlap(*self.parts, call)
             if shared is not None:
-                return self.parts[0].pairs(call) + self.parts[1].pairs(call) - shared
+                return sum((_to(part.counts(call), shared.device) for part in self.parts), -shared)
         return self._count(call)
 
     @property
@@ -345,15 +357,21 @@ class PerHead(Pattern):
             raise InputError(f"PerHead: every head must be named once, got {ids}")
 
     def member(self, call: Call, rows: Tensor, slots: Tensor) -> Tensor:
-        B, H = call.shape[:2]
-        out = torch.zeros((B, H, len(rows), slots.shape[-1]), dtype=torch.bool, device=slots.device)
+        shape = (len(rows), slots.shape[-1])
+        found: dict[int, Tensor] = {}
         for heads, pattern in self.parts:
             mine = slots if slots.shape[1] == 1 else slots[:, list(heads)]
-            out[:, list(heads)] = pattern.member(_for_heads(call, heads), rows, mine).expand(B, len(heads), -1, -1)
-        return out
+            part = pattern.member(_for_heads(call, heads), rows, mine).expand(call.shape.B, len(heads), *shape)
+            found.update(zip(heads, part.unbind(1), strict=True))
+        return torch.stack([found[head] for head in sorted(found)], 1)
 
-    def pairs(self, call: Call) -> float:
-        return sum(pattern.pairs(_for_heads(call, heads)) for heads, pattern in self.parts)
+    def counts(self, call: Call) -> Tensor:
+        place = self._place(call)
+        found: dict[int, Tensor] = {}
+        for heads, pattern in self.parts:
+            part = _to(pattern.counts(_for_heads(call, heads)), place)
+            found.update(zip(heads, part.unbind(), strict=True))
+        return torch.stack([found[head] for head in sorted(found)])
 
     def check(self, call: Call) -> None:
         named = sum(len(heads) for heads, _ in self.parts)
@@ -425,19 +443,30 @@ def _check_index(name: str, index: Tensor, call: Call, lines: set[int], high: in
         raise InputError(f"{name}: index must be in [-1, {high}), got {index.min().item()} to {index.max().item()}")
 
 
+def _of_heads(pairs: Tensor, call: Call) -> Tensor:
+    """Sums of pairs [1|B, 1|H, ...] by query head: float64 [H]."""
+    B, H = call.shape[:2]
+    return pairs.flatten(2).sum((0, 2)).double().mul(B // pairs.shape[0]).expand(H)
+
+
+def _to(counts: Tensor, device: torch.device) -> Tensor:
+    # to a GPU without a wait: the driver sets a few numbers aside before it returns
+    return counts.to(device, non_blocking=device.type != "cpu")
+
+
 def _ramp(t: Tensor, width: Tensor) -> Tensor:
     """Sum of clamp(u, 0, width) over all integers u <= t."""
     low = t.clamp_min(0).minimum(width)
     return low * (low + 1) // 2 + (t - width).clamp_min(0) * width
 
 
-def _overlap(a: Pattern, b: Pattern, call: Call) -> float | None:
-    """Pairs in both, in closed form where one is known; None elsewhere."""
+def _overlap(a: Pattern, b: Pattern, call: Call) -> Tensor | None:
+    """Pairs in both, float64 [H], in closed form where one is known; None elsewhere."""
     if isinstance(b, Blocks):
         a, b = b, a
     if not isinstance(a, Blocks):
         return None
-    B, H, _, N, M = call.shape
+    M = call.shape.M
     first, rows = a._rows(call)
     if isinstance(b, Tokens) and b.index.shape[2] == 1:
         slots = per_head(b.index, call).long()
@@ -447,8 +476,7 @@ def _overlap(a: Pattern, b: Pattern, call: Call) -> float | None:
         inside = table.expand(*shape, -1).gather(3, at) & (slots >= 0)
         # rows of the query block at or after the token
         below = rows[:, None] - (slots - first[:, None]).clamp_min(0).minimum(rows[:, None])
-        total = (inside * below).double().sum().item()
-        return float(total * (B // shape[0]) * (H // shape[1]))
+        return _of_heads(inside * below, call)
     if isinstance(b, Window) and not isinstance(b.sink, Tensor) and not isinstance(b.recent, Tensor):
         index = per_head(a.index, call).long()
         p = (first[:, None] + torch.arange(a.block_q, device=index.device))[:, None, :]
@@ -457,6 +485,5 @@ def _overlap(a: Pattern, b: Pattern, call: Call) -> float | None:
         hi = torch.minimum((lo + a.block_k).clamp(max=M), p + 1)
         near = (hi - torch.maximum(lo, p - b.recent + 1)).clamp_min(0)
         far = (hi.minimum(p - b.recent + 1).clamp(max=b.sink) - lo).clamp_min(0)
-        total = ((near + far) * (index >= 0)[..., None] * (p >= 0)).double().sum().item()
-        return float(total * (B // index.shape[0]) * (H // index.shape[1]))
+        return _of_heads((near + far) * (index >= 0)[..., None] * (p >= 0), call)
     return None

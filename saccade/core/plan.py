@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from saccade.core.errors import FileError, PlanError
+from saccade.core.errors import FileError, PlanError, SaccadeError
 from saccade.core.files import write_whole
 from saccade.core.table import METHODS, build, find
 
@@ -188,7 +188,12 @@ class Plan:
             layers.append(
                 tuple(_assign(entry, f"{where}: layer {at}") for entry in _typed(row, list, f"{where}: layer {at}"))
             )
-        return cls(shape, tuple(layers), _typed(data.get("note", ""), str, f"{where}: note"))
+        note = _typed(data.get("note", ""), str, f"{where}: note")
+        try:
+            return cls(shape, tuple(layers), note)
+        except SaccadeError as error:
+            # of several files the person must know which
+            raise type(error)(f"{where}: {str(error).removeprefix('plan: ')}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan; the file is whole or not there."""
@@ -244,7 +249,10 @@ def _check_assign(assign: Assign, at: int, model: ModelShape, taken: set[int]) -
     phases: tuple[str, ...] = getattr(find(assign.method), "phases", ())
     if assign.phase not in phases:
         raise PlanError(f"{where}: works in {', '.join(phases)}, not in {assign.phase}")
-    built = assign.build(length=4096)
+    try:
+        built = assign.build(length=4096)
+    except SaccadeError as error:
+        raise type(error)(f"plan: layer {at}, {error}") from None
     if assign.phase not in built.phases:
         raise PlanError(f"{where}: with these arguments it works in {', '.join(built.phases)}, not in {assign.phase}")
     made = getattr(built, "weights_for", None)

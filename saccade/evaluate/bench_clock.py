@@ -43,11 +43,12 @@ def median_ms(run: Callable[[], Any], device: str, repeat: int = LEAST, warm: in
     for _ in range(repeat):
         if cleared is not None:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            stream = torch.cuda.current_stream(device)
             torch.cuda.synchronize(device)
             cleared.zero_()
-            begin.record()
+            begin.record(stream)
             run()
-            end.record()
+            end.record(stream)
             torch.cuda.synchronize(device)
             taken.append(begin.elapsed_time(end))
         else:

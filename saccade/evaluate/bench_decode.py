@@ -22,6 +22,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.pattern import Blocks, Full, Pattern, PerHead, Tokens, Window
 from saccade.kernels.attend import attend
 from saccade.kernels.attend.api import Impl
+from saccade.kernels.here import on
 
 LAYERS = {"cuda": 8, "cpu": 2}  # stores of a pass
 HEADS = {"cuda": (32, 8, 128), "cpu": (4, 2, 64)}  # query heads, kv heads, width
@@ -257,14 +258,15 @@ def _peer(layers: list[tuple[Tensor, Tensor, Tensor]], backend: Any) -> Callable
 def _pass_ms(run: Callable[[], None], graph: bool, repeats: int, device: str) -> float:
     """Median milliseconds of a pass."""
     if graph:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.current_stream().wait_stream(side)
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            run()
+        with on(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                run()
+            torch.cuda.current_stream().wait_stream(side)
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured, stream=side):
+                run()
         run = captured.replay
     for _ in range(3):
         run()
@@ -277,11 +279,12 @@ def _timed(run: Callable[[], None], device: str) -> float:
         run()
         return (time.perf_counter() - start) * 1e3
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
+    stream = torch.cuda.current_stream(device)
+    torch.cuda.synchronize(device)
+    begin.record(stream)
     run()
-    end.record()
-    torch.cuda.synchronize()
+    end.record(stream)
+    torch.cuda.synchronize(device)
     return begin.elapsed_time(end)
 
 

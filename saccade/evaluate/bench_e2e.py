@@ -21,6 +21,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.plan import Plan
 from saccade.evaluate.bench_clock import row
 from saccade.hf.attach import Session, attach
+from saccade.kernels.here import on
 from saccade.methods.apply import Seen
 
 CHECKED = 512  # tokens of the gate
@@ -255,14 +256,14 @@ def _bare_step(model: Any, ids: Tensor, tokens: int) -> float:
     token = ids[:, :1].clone()
     if not ids.is_cuda:
         return median(_tokens(lambda token: model(token).logits, token, tokens)[1])
-    with torch.inference_mode():
+    with torch.inference_mode(), on(ids.device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             model(token)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             logits = model(token).logits
 
         def replay(_: Tensor) -> Tensor:

@@ -222,7 +222,7 @@ def _row(
     # one head tells the density: counting all of them would take more memory than choosing did
     density = ours().heads((0,)).density(call.take((0,), (0,)))
     device = q.device.type
-    ms, peer_ms = _median(ours, device, repeats), _median(peer, device, repeats)
+    ms, peer_ms = (_median(run, str(q.device), repeats) for run in (ours, peer))
     return {
         "impl": impl,
         "peer": "torch",
@@ -272,12 +272,13 @@ def _median(run: Callable[[], object], device: str, repeats: int) -> float:
     """Milliseconds, after two runs that do not count."""
     times = []
     for _ in range(repeats + 2):
-        if device == "cuda":
+        if device.startswith("cuda"):
+            stream = torch.cuda.current_stream(device)
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
+            begin.record(stream)
             run()
-            end.record()
-            torch.cuda.synchronize()
+            end.record(stream)
+            torch.cuda.synchronize(device)
             times.append(begin.elapsed_time(end))
         else:
             start = time.perf_counter()

@@ -134,7 +134,7 @@ KNOBS: dict[str, Knob] = {
         "near": max(16, keys) // 2,
     },
     # beside what the policy keeps in the store
-    "fetch": lambda keys, length, share: {"blocks": max(1, (keys - 64 - max(192, length // 32)) // 32)},
+    "fetch": lambda keys, length, share: {"blocks": max(1, (keys - 64 - max(192, length // 32)) // 8)},
     # in the prompt 17 blocks of 16 that are always read, and half of the others
     "actqkv": lambda keys, length, share: {"budget": 16 * (17 + 2 * max(1, keys // 16 - 17))},
     "snapkv": lambda keys, length, share: {"capacity": max(64, keys)},

@@ -38,7 +38,8 @@ FIELDS = (
 )
 WATCHED = 8  # tokens generated to measure density and mass
 TIMED = 3  # samples that are answered alone for the clock, where the others are read together
-TOKENS = 2**18  # most tokens of prompts that are read together: a GPU is busy long before
+TOKENS = 2**20  # most tokens of prompts that are read together: a GPU is busy long before
+WORKERS = 16  # may share a GPU without running out of its memory
 
 
 @dataclass(frozen=True)
@@ -92,24 +93,24 @@ def get_task(name: str) -> Any:
         raise InputError(f"{error}; tasks: {', '.join(TASKS)}") from None
 
 
-def batch_of(loaded: Loaded, length: int, sharing: int = 1) -> int:
-    """Prompts of a length that are read together unless somebody says otherwise: 1 on a CPU, on a GPU as many as
-    surely fit into half of its memory.
+def batch_of(loaded: Loaded, length: int) -> int:
+    """Prompts of a length that are read together unless somebody says otherwise: 1 on a CPU, on a GPU as many as fit
+    into the memory of one of 16 workers.
 
-    It depends on the GPU's size and not on what is free at the moment, so that two runs come out the same.
+    It depends on the GPU's size alone, not on what is free at the moment or on how many workers there are, so that two
+    runs come out the same.
 
     Args:
         loaded: the model.
         length: tokens of a prompt.
-        sharing: processes that share the GPU.
     """
     if loaded.device.type != "cuda":
         return 1
     config = loaded.model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    # keys and values at their widest, and some two dozen activations of a token that live at once
-    each = loaded.model.dtype.itemsize * config.hidden_size * (2 * config.num_hidden_layers + 24)
-    room = torch.cuda.get_device_properties(loaded.device).total_memory // 2 // sharing
+    # keys and values at their widest, and some dozen activations of a token that live at once
+    each = loaded.model.dtype.itemsize * config.hidden_size * (2 * config.num_hidden_layers + 12)
+    room = torch.cuda.get_device_properties(loaded.device).total_memory * 3 // 4 // WORKERS
     return max(1, min(room // each, TOKENS) // length)
 
 

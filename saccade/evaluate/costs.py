@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from saccade.core.errors import UnsupportedError
 from saccade.evaluate.model import Loaded
@@ -30,13 +30,18 @@ def read_bytes(seen: Seen) -> float:
     Args:
         seen: what was looked at; its pattern becomes a mask of all its queries and keys.
     """
+    return float(bytes_of(seen, None if seen.pattern is None else seen.pattern.mask(seen.call)))
+
+
+def bytes_of(seen: Seen, mask: Tensor | None) -> Tensor | float:
+    """`read_bytes`, from the pattern's mask [B,H,N,M], as a number that may still be on the device: float64."""
     B, H, G, N, M = seen.call.shape
     key, value = (t.shape[3] * t.element_size() for t in (seen.k, seen.v))
     share = H // G
-    if seen.pattern is None:
+    if mask is None:
         return seen.estimate / share * (key + value)
-    mask = seen.pattern.mask(seen.call).view(B, G, share * N, M)
-    return float(mask.any(2).sum()) * (key + value) + seen.estimate / share * key
+    slots = mask.reshape(B, G, share * N, M).any(2).sum().double()
+    return slots * (key + value) + seen.estimate / share * key
 
 
 @dataclass

@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from saccade.core.errors import SaccadeError
-from saccade.evaluate.model import Loaded, load
+from saccade.core.machine import cpus
+from saccade.evaluate.model import Loaded, check_device, load
 
 READY = "ready"
 
@@ -35,7 +36,7 @@ class Setup:
     threads: int | None = None
 
     def load(self) -> Loaded:
-        """The model, loaded without a word on stdout or stderr."""
+        """The model, loaded without a word on stdout or stderr; a GPU that is named is the process's current one."""
         import torch
         from transformers.utils import logging
 
@@ -43,6 +44,10 @@ class Setup:
             torch.set_num_threads(self.threads)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        device = torch.device(check_device(self.device))
+        if device.type == "cuda" and device.index is not None:
+            # the first GPU, which other workers have, is then not touched: a context alone takes some of its memory
+            torch.cuda.set_device(device)
         return load(self.model, self.dtype, self.device)
 
 
@@ -65,8 +70,6 @@ class Outcome:
 
 class Crew(Protocol):
     """Workers that run `function(loaded, *arguments)`, one call each at a time; a context manager."""
-
-    sharing: int  # workers that share a device
 
     def idle(self) -> list[int]:
         """Workers that are ready for work."""
@@ -112,8 +115,6 @@ class Processes:
 
     def __init__(self, setups: Sequence[Setup]) -> None:
         self._setups = list(setups)
-        devices = [setup.device for setup in setups]
-        self.sharing = max(map(devices.count, devices), default=1)
         self._workers: list[_Worker] = []
 
     def __len__(self) -> int:
@@ -232,11 +233,9 @@ def setups(loaded: Loaded, jobs: int, device: str | None, threads: int | None) -
         device: as it was asked for; None or "cuda" = all visible GPUs.
         threads: of each worker; None = its part of the CPUs.
     """
-    import os
-
     import torch
 
     count = torch.cuda.device_count() if loaded.device.type == "cuda" and device in (None, "cuda") else 0
     places = [f"cuda:{at}" for at in range(count)] or [str(loaded.device)]
-    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+    threads = threads or max(1, cpus() // jobs)
     return [Setup(loaded.name, loaded.dtype, places[at % len(places)], threads) for at in range(jobs)]

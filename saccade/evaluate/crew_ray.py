@@ -47,7 +47,6 @@ class Actors:
             raise UnsupportedError("ray is not installed; `pip install 'saccade[ray]'`, or use --jobs") from None
         self._ray, self._setup, self._jobs = ray, setup, jobs
         self._mine = False
-        self.sharing = 1
         self._actors: list[Any] = []
         self._running: dict[Any, int] = {}
         self._starting: dict[Any, int] = {}
@@ -70,10 +69,9 @@ class Actors:
         if cuda and not gpus:
             raise CrewError("the Ray cluster has no GPUs; use --device cpu")
         count = self._jobs or (gpus if cuda else max(1, cpus // 2))
-        self.sharing = -(-count // gpus) if cuda else count
-        # Ray puts no actor on more than one GPU as long as the share is one over a whole number
+        # Ray puts no actor on more than one GPU as long as its share is one over a whole number
         self._options = {
-            "num_gpus": 1 / self.sharing if cuda else 0,
+            "num_gpus": 1 / -(-count // gpus) if cuda else 0,
             "num_cpus": min(1, cpus / count),
             "max_restarts": 0,
         }

@@ -118,10 +118,11 @@ def break_even(rows: list[dict[str, float]]) -> int | None:
 
 
 def _timed(run: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     run()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if cuda:
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start

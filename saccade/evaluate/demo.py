@@ -121,11 +121,14 @@ def write_document(loaded: Loaded, length: int, facts: int, seed: int) -> Docume
         InputError: too short for so many facts.
     """
     if length < 4 * ROOM + 64 * facts:
-        raise InputError(f"demo: {length} tokens are too few for {facts} facts; use {4 * ROOM + 64 * facts} or more")
+        raise InputError(
+            f"{length} tokens are too few for a document with {facts} planted {'fact' if facts == 1 else 'facts'}, a "
+            f"question and an answer; use a length of {4 * ROOM + 64 * facts} or more"
+        )
     try:
         return compose(loaded.tokenizer, length - ROOM, facts=facts, seed=seed)
     except ValueError as error:
-        raise InputError(f"demo: no document of {length} tokens with {facts} facts could be made: {error}") from None
+        raise InputError(f"no document of {length} tokens with {facts} facts could be made: {error}") from None
 
 
 def fact_span(loaded: Loaded, document: Document, number: int) -> tuple[int, int]:

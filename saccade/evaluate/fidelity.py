@@ -1,16 +1,15 @@
 """Fidelity: how near a method stays to dense attention, on one text: attention outputs, kept mass, next-token logits.
 
 The dense model answers first; every method then reads the same prompt and the same answer (teacher forcing), so that
-logits are compared at equal inputs however far the method's own answer would have gone astray. Attention outputs are
-compared layer by layer on the queries, keys and values that the method's run has there: what one layer adds, without
-what the layers before it did.
+logits are compared at equal inputs however far the method's own answer would have gone astray. What the layers do
+meanwhile is watched by a `saccade.evaluate.look.Look`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,18 +17,15 @@ from transformers.cache_utils import DynamicCache
 
 from saccade.core.errors import InputError
 from saccade.core.plan import Plan
-from saccade.evaluate.costs import read_bytes
 from saccade.evaluate.generate import held, serving
-from saccade.evaluate.headmap import HeadMeter
+from saccade.evaluate.look import Look
 from saccade.evaluate.model import Loaded
 from saccade.evaluate.presets import phases
 from saccade.hf.cache import StoreLayer, cache_bytes
-from saccade.hf.meter import kept_mass
-from saccade.methods.apply import Seen
+from saccade.hf.meter import Meter
 
 OTHERS = 64  # random positions of the prompt whose next-token distributions are compared
 LEAST = 8  # tokens that are fed in any case, so that decoding is watched for as many steps
-ROWS = 64  # of a prefill's queries, so many random ones and the last ones have their attention outputs compared
 
 
 @dataclass(frozen=True)
@@ -86,116 +82,6 @@ class Fidelity:
     look: Look | None
 
 
-@dataclass
-class Look(HeadMeter):
-    """A meter that also compares every attention output with dense attention, and counts what decoding reads.
-
-    For one sequence in a cache of ours, from its first token on.
-
-    Args:
-        evicts: a copy of all keys and values is kept, because the store will drop some.
-
-    Attributes:
-        errors: per (phase, layer, head) the squared norms of difference and dense output.
-        read: per layer and its heads, bytes and tokens of decoding.
-        beside: bytes of layers that the plan does not serve: a step reads them whole.
-    """
-
-    evicts: bool = False
-    errors: dict[tuple[str, int, int], list[float]] = field(default_factory=dict)
-    read: dict[tuple[int, tuple[int, ...]], list[float]] = field(default_factory=dict)
-    beside: float = 0.0
-    _all: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def __call__(self, seen: Seen) -> None:
-        """Take note of one attend."""
-        call = seen.call
-        if call.shape.B != 1:
-            raise InputError(f"Look: one sequence at a time, got a batch of {call.shape.B}")
-        if self.evicts:
-            self._remember(seen)
-        super().__call__(seen)
-        phase = "prefill" if call.shape.N > 16 or call.shape.N == call.shape.M else "decode"
-        if seen.o is not None:
-            for head, pair in zip(call.heads, self._compare(seen), strict=True):
-                sums = self.errors.setdefault((phase, call.layer, head), [0.0, 0.0])
-                sums[0], sums[1] = sums[0] + pair[0], sums[1] + pair[1]
-        if phase == "decode":
-            read = self.read.setdefault((call.layer, call.heads), [0.0, 0.0])
-            read[0], read[1] = read[0] + read_bytes(seen), read[1] + call.shape.N
-
-    def error(self, phase: str, layer: int | None = None, head: int | None = None) -> float | None:
-        """Relative L2 error of the outputs, the mean over layers and heads; None where nothing was seen."""
-        found = [
-            math.sqrt(difference / dense) if dense else math.inf if difference else 0.0
-            for (p, at, h), (difference, dense) in self.errors.items()
-            if p == phase and layer in (None, at) and head in (None, h)
-        ]
-        return sum(found) / len(found) if found else None
-
-    def step_bytes(self) -> float | None:
-        """Bytes read per decoded token, over all layers; None where a method does not say or nothing was decoded."""
-        if not self.read or any(math.isnan(size) for size, _ in self.read.values()):
-            return None
-        return self.beside + sum(size / tokens for size, tokens in self.read.values())
-
-    def keys(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
-        """All keys, values and their positions [1, 1|G, tokens] that dense attention would read in this call."""
-        if not self.evicts:
-            return seen.k, seen.v, seen.call.positions(seen.k.device)[1]
-        k, v = self._all[seen.call.layer, seen.call.heads]
-        return k, v, torch.arange(k.shape[2], device=k.device)[None, None]
-
-    def _mass(self, seen: Seen) -> Tensor:
-        return kept_mass(seen, self.keys(seen)[0] if self.evicts else None)
-
-    def _remember(self, seen: Seen) -> None:
-        call, N = seen.call, seen.call.shape.N
-        at = call.layer, call.heads
-        new = seen.k[:, :, -N:], seen.v[:, :, -N:]
-        if at in self._all:
-            new = tuple(torch.cat(pair, 2) for pair in zip(self._all[at], new, strict=True))  # type: ignore[assignment]
-        self._all[at] = tuple(t.clone() for t in new)  # type: ignore[assignment]
-        last = int(call.positions(seen.q.device)[0][0, -1])
-        if self._all[at][0].shape[2] != last + 1:
-            raise InputError(
-                f"Look: layer {call.layer} is at token {last} and {self._all[at][0].shape[2]} were seen; "
-                "watch from the first token on"
-            )
-
-    def _compare(self, seen: Seen) -> list[list[float]]:
-        """Per head the squared norms of (output - dense) and of dense."""
-        call, N = seen.call, seen.call.shape.N
-        assert seen.o is not None
-        rows = torch.arange(N)
-        if N > 2 * ROWS:
-            some = torch.randperm(N - ROWS, generator=torch.Generator().manual_seed(0))[:ROWS].sort().values
-            rows = torch.cat((some, rows[-ROWS:]))
-        rows = rows.to(seen.q.device)
-        k, v, k_pos = self.keys(seen)
-        q_pos = call.positions(seen.q.device)[0][:, rows]
-        want = dense_rows(seen.q[:, :, rows], k, v, q_pos, k_pos, call.softmax_scale(seen.q.shape[3]))
-        difference = (seen.o[:, :, rows].double() - want.double()).square().sum((0, 2, 3))
-        return torch.stack((difference, want.double().square().sum((0, 2, 3))), 1).tolist()
-
-
-def dense_rows(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, scale: float) -> Tensor:
-    """Causal softmax attention of some queries in float32, a key head at a time.
-
-    Shapes:
-        q [1,H,n,D], k [1,G,M,D], v [1,G,M,Dv], q_pos [1,n], k_pos [1,1|G,M] -> [1,H,n,Dv]
-    """
-    H, G = q.shape[1], k.shape[1]
-    out = []
-    for g in range(G):
-        mine = q[0, g * H // G : (g + 1) * H // G].float() * scale
-        where = k_pos[0, min(g, k_pos.shape[1] - 1)]
-        hidden = (where < 0) | (where > q_pos[0, :, None])
-        weights = (mine @ k[0, g].float().T).masked_fill(hidden, float("-inf")).softmax(-1)
-        out.append(weights @ v[0, g].float())
-    return torch.cat(out)[None]
-
-
 @torch.inference_mode()
 def read_dense(
     loaded: Loaded, ids: Sequence[int], *, most: int = 24, stop: str = "\n", others: int = OTHERS, least: int = LEAST
@@ -215,10 +101,10 @@ def read_dense(
     """
     if len(ids) < 2 or most < 0:
         raise InputError(f"read_dense: needs two tokens and most >= 0, got {len(ids)} and {most}")
-    device, cache = loaded.device, DynamicCache(config=loaded.model.config)
+    cache = DynamicCache(config=loaded.model.config)
     rng = torch.Generator().manual_seed(0)
     at = torch.randperm(len(ids) - 1, generator=rng)[:others].sort().values
-    logits = _prefill(loaded, ids, at, cache)
+    logits = _prefill(loaded, ids, at, cache).cpu()
     other, said, found = logits[:-1], [], [logits[-1:]]
     reads, answered, end = [], 0, _ends(loaded.model)
     while True:
@@ -229,7 +115,7 @@ def read_dense(
             answered = len(said) if over else 0
         if answered and len(said) >= least:
             break
-        found.append(_step(loaded, said[-1], cache, device))
+        found.append(_step(loaded, torch.tensor([[said[-1]]], device=loaded.device), cache).cpu())
         reads.append(held(cache))
     first = next(layer for layer in cache.layers if getattr(layer, "keys", None) is not None)
     return Dense(
@@ -279,14 +165,16 @@ def fidelity(loaded: Loaded, plan: Plan | None, dense: Dense) -> Fidelity:
 def follow(loaded: Loaded, plan: Plan, dense: Dense, look: Look | None = None) -> Tensor:
     """A plan's logits where `dense` has some, with the dense answer fed token by token."""
     at = torch.tensor(dense.others, dtype=torch.long)
+    said = torch.tensor([dense.tokens], device=loaded.device)
     with serving(loaded, plan, look) as cache:
         past = cache(len(dense.ids))
         logits = _prefill(loaded, dense.ids, at, past)
         found = [logits[-1:]]
-        found += [_step(loaded, token, past, loaded.device) for token in dense.tokens[:-1]]
+        # no logits leave the device before the last step
+        found += [_step(loaded, said[:, step : step + 1], past) for step in range(len(dense.tokens) - 1)]
         if look is not None:
             look.beside = float(sum(cache_bytes(at) for at in past.layers if not isinstance(at, StoreLayer)))
-    return torch.cat((*found[: dense.answered], logits[:-1]))
+    return torch.cat((*found[: dense.answered], logits[:-1])).cpu()
 
 
 def divergence(dense: Tensor, logits: Tensor) -> Tensor:
@@ -302,7 +190,7 @@ def divergence(dense: Tensor, logits: Tensor) -> Tensor:
     return torch.where(p > -math.inf, p.exp() * (p - q), 0.0).sum(-1).clamp_min(0.0)
 
 
-def sparse_phase(plan: Plan, meter: HeadMeter) -> str:
+def sparse_phase(plan: Plan, meter: Meter) -> str:
     """Where a plan is to be judged: in prefill where anything is left out there, else in decoding."""
     if "prefill" in phases(plan):
         return "prefill"
@@ -311,16 +199,16 @@ def sparse_phase(plan: Plan, meter: HeadMeter) -> str:
 
 
 def _prefill(loaded: Loaded, ids: Sequence[int], at: Tensor, cache: object) -> Tensor:
-    """Logits float32 [len(at) + 1, vocabulary] after these positions and the last, on the CPU."""
+    """Logits float32 [len(at) + 1, vocabulary] after these positions and the last."""
     wanted = torch.cat((at, torch.tensor([len(ids) - 1]))).to(loaded.device)
     text = torch.tensor([list(ids)], device=loaded.device)
     out = loaded.model(text, past_key_values=cache, use_cache=True, logits_to_keep=wanted)
-    return out.logits[0].float().cpu()  # type: ignore[no-any-return]
+    return out.logits[0].float()  # type: ignore[no-any-return]
 
 
-def _step(loaded: Loaded, token: int, cache: object, device: torch.device) -> Tensor:
-    out = loaded.model(torch.tensor([[token]], device=device), past_key_values=cache, use_cache=True)
-    return out.logits[0, -1:].float().cpu()  # type: ignore[no-any-return]
+def _step(loaded: Loaded, token: Tensor, cache: object) -> Tensor:
+    """Logits float32 [1, vocabulary] after a token [1, 1]."""
+    return loaded.model(token, past_key_values=cache, use_cache=True).logits[0, -1:].float()  # type: ignore[no-any-return]
 
 
 def _ends(model: torch.nn.Module) -> set[int]:

@@ -1,6 +1,6 @@
 """What a row says beside scores and times: one watched reading and one clocked reading of a prompt under a plan.
 
-Definitions are where the figures are made: `fidelity`, `costs`, `waterfall`, `saccade.hf.meter`.
+Definitions are where the figures are made: `fidelity`, `look`, `costs`, `waterfall`, `saccade.hf.meter`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 from saccade.core.plan import Plan
 from saccade.evaluate.costs import ceiling, peak
-from saccade.evaluate.fidelity import Dense, Look, fidelity
+from saccade.evaluate.fidelity import Dense, fidelity
+from saccade.evaluate.look import Look
 from saccade.evaluate.model import Loaded
 from saccade.evaluate.waterfall import waterfall
 

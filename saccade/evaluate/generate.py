@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from saccade.core.errors import InputError
 from saccade.core.plan import Plan
+from saccade.evaluate.dialogue import Dialogue, Ending, hold
 from saccade.evaluate.model import Loaded
 from saccade.hf.attach import attach
 from saccade.hf.cache import cache_bytes
@@ -79,7 +79,6 @@ def answer(
     return together(loaded, [ids], cache, max_new_tokens=max_new_tokens, stop=stop, least=least)[0]
 
 
-@torch.inference_mode()
 def together(
     loaded: Loaded,
     prompts: Sequence[Sequence[int]],
@@ -98,43 +97,36 @@ def together(
     Raises:
         InputError: no prompt, or prompts of different lengths.
     """
-    sizes = sorted({len(ids) for ids in prompts})
-    if len(sizes) != 1 or not sizes[0] or max_new_tokens < 1:
-        raise InputError(
-            f"answer: needs a prompt (or several of one length) and max_new_tokens >= 1, got {len(prompts)} of "
-            f"{sizes} tokens and {max_new_tokens}"
+    ending = Ending.of(loaded, max_new_tokens, stop)
+    rows = [Dialogue([ids], ending) for ids in prompts]
+    clock = [now(loaded.device), *hold(loaded, rows, cache, min(least, max_new_tokens))]
+    return replies(rows, clock, cache, len(clock) - 1)
+
+
+def replies(rows: Sequence[Dialogue], clock: Sequence[float], cache: Any, tokens: int | None = None) -> list[Answer]:
+    """The first answer of each dialogue, and what it took: times where there is one dialogue, none where more.
+
+    Args:
+        rows: dialogues that were held together.
+        clock: seconds when they started, and when each call of the model was done.
+        cache: what they were held in; its bytes are those at the end of the dialogues.
+        tokens: count so many tokens, those after the stop included (None: up to the end of the answer).
+    """
+    alone, kept = len(rows) == 1, held(cache) // len(rows)
+    found = []
+    for row in rows:
+        count = len(row.said[0]) if tokens is None else tokens
+        first, last = clock[row.first], clock[row.first + count - 1]
+        found.append(
+            Answer(
+                text=row.texts[0],
+                tokens=count,
+                ttft_s=first - clock[0] if alone else None,
+                tpot_s=(last - first) / (count - 1) if alone and count > 1 else None,
+                kv_bytes=kept,
+            )
         )
-    model, device, rows = loaded.model, loaded.device, len(prompts)
-    end = _ends(model)
-    step = torch.tensor([list(ids) for ids in prompts], device=device)
-    said: list[list[int]] = [[] for _ in prompts]
-    texts, ended = [""] * rows, [False] * rows
-    count = 0
-    first = started = now(device)
-    while count < max_new_tokens and not (all(ended) and count >= least):
-        logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        step = logits[:, -1:].argmax(-1)
-        tokens, count = step[:, 0].tolist(), count + 1
-        if count == 1:
-            first = now(device)
-        for row, token in enumerate(tokens):
-            ended[row] = ended[row] or token in end
-            if not ended[row]:
-                said[row].append(token)
-                texts[row] = loaded.tokenizer.decode(said[row])
-                ended[row] = bool(stop) and stop in texts[row]
-    last = now(device)
-    alone, kept = rows == 1, held(cache) // rows
-    return [
-        Answer(
-            text=(text.split(stop, 1)[0] if stop else text).strip(),
-            tokens=count,
-            ttft_s=first - started if alone else None,
-            tpot_s=(last - first) / (count - 1) if alone and count > 1 else None,
-            kv_bytes=kept,
-        )
-        for text in texts
-    ]
+    return found
 
 
 def untimed(found: Answer) -> Answer:
@@ -145,11 +137,6 @@ def untimed(found: Answer) -> Answer:
 def held(cache: Any) -> int:
     """Bytes of keys and values in a cache, ours or transformers'."""
     return int(cache.bytes()) if hasattr(cache, "bytes") else sum(cache_bytes(layer) for layer in cache.layers)
-
-
-def _ends(model: Any) -> set[int]:
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
 def now(device: torch.device) -> float:

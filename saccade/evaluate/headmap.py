@@ -6,12 +6,13 @@ From the watched run of a cell, that of its first sample.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from saccade.evaluate.samples import Cell
-from saccade.hf.meter import Meter
-from saccade.methods.apply import Seen
+from saccade.hf.meter import Glance, Meter
 
 FILE = "heads.jsonl"
 
@@ -34,36 +35,46 @@ class HeadMeter(Meter):
         True
     """
 
-    heads: dict[tuple[str, int, int], Sums] = field(default_factory=dict)
+    _heads: dict[tuple[str, int, int], Sums] = field(default_factory=dict, init=False, repr=False)
 
-    def __call__(self, seen: Seen) -> None:
-        """Take note of one attend."""
-        super().__call__(seen)
+    def _take(self, glance: Glance) -> None:
+        super()._take(glance)
+        seen = glance.seen
         if seen.pattern is None:
             return
-        call = seen.call
-        phase = "prefill" if call.shape.N > 16 or call.shape.N == call.shape.M else "decode"
-        mass = self.layers[phase, call.layer].mass[-1].mean((0, 2)).tolist() if self.mass else None
-        share, count = call.shape.H // call.shape.G, len(call.heads)
-        estimate = 0.0 if math.isnan(seen.estimate) else seen.estimate / count
-        for at, head in enumerate(call.heads):
-            sums = self.heads.setdefault((phase, call.layer, head), Sums())
-            one = call.take((at,), (at // share,))
-            sums.pairs += seen.pattern.heads([at], call).pairs(one) + estimate
-            sums.allowed += self._allowed(seen) / count
-            if mass is not None:
-                sums.mass.append(mass[at])
+        call, phase = seen.call, glance.phase
+        mine = [self._heads.setdefault((phase, call.layer, head), Sums()) for head in call.heads]
+        self._later.add(glance.pairs, partial(_add_pairs, mine, 0.0 if math.isnan(seen.estimate) else seen.estimate))
+        self._later.add(glance.allowed, partial(_add_allowed, mine))
+        if self.mass:
+            self._later.add(self._layers[phase, call.layer].mass[-1].mean((0, 2)), partial(_add_mass, mine))
 
     def grid(self, phase: str, what: str, layers: int, heads: int) -> list[list[float | None]] | None:
         """Layers down, heads across, "density" or "mass"; None where nothing was seen."""
+        self._later.settle()
         rows = [[self._value(phase, what, layer, head) for head in range(heads)] for layer in range(layers)]
         return rows if any(value is not None for row in rows for value in row) else None
 
     def _value(self, phase: str, what: str, layer: int, head: int) -> float | None:
-        sums = self.heads.get((phase, layer, head))
+        sums = self._heads.get((phase, layer, head))
         if sums is None or not sums.allowed or (what == "mass" and not sums.mass):
             return None
         return round(sum(sums.mass) / len(sums.mass) if what == "mass" else sums.pairs / sums.allowed, 4)
+
+
+def _add_pairs(heads: Sequence[Sums], estimate: float, pairs: Sequence[float]) -> None:
+    for sums, found in zip(heads, pairs, strict=True):
+        sums.pairs += found + estimate / len(heads)
+
+
+def _add_allowed(heads: Sequence[Sums], allowed: Sequence[float]) -> None:
+    for sums in heads:
+        sums.allowed += allowed[0] / len(heads)
+
+
+def _add_mass(heads: Sequence[Sums], mass: Sequence[float]) -> None:
+    for sums, found in zip(heads, mass, strict=True):
+        sums.mass.append(found)
 
 
 def lines_of(cell: Cell, meter: HeadMeter, layers: int, heads: int) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
 """Scores with their uncertainty: a mean, its number of samples, and a 95 % Wilson interval.
 
 The other figures of a row are defined where they are made: density, what choosing costs of it, and kept mass in
-`saccade.hf.meter`; output error, KL and agreement in `fidelity`; bytes read, peak memory and the arithmetic ceiling in
-`costs`; the waterfall in `waterfall`; what rows say together (break-even length, budget curve and its area) in `curve`.
-`fields.measures` makes all that one row has. `docs/metrics.md` lists them.
+`saccade.hf.meter`; output error in `look`; KL and agreement in `fidelity`; bytes read, peak memory and the arithmetic
+ceiling in `costs`; the waterfall in `waterfall`; what rows say together (break-even length, budget curve and its area)
+in `curve`. `fields.measures` makes all that one row has. `docs/metrics.md` lists them.
 """
 
 from __future__ import annotations

@@ -81,6 +81,8 @@ def load(name: str = READER, dtype: str | None = None, device: str | None = None
         raise InputError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     if name == READER:
         return Loaded(name, *reader.load(DTYPES[dtype], str(place)))
+    if not name or (not Path(name).exists() and name.startswith(("/", ".", "~"))):
+        raise FileError(f"{name or repr(name)}: there is no such folder; give a model's folder, or {READER}")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise FileError(f"{name}: a folder without config.json, so not a model")
     try:

@@ -8,15 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 from saccade.core.errors import PlanError
-from saccade.core.plan import PHASES, ModelShape, Plan, read_text
+from saccade.core.plan import PHASES, Assign, ModelShape, Plan, read_text
 from saccade.core.table import METHODS, build, find
 from saccade.evaluate.budget import scaled, split
 from saccade.evaluate.model import READER, Loaded
+from saccade.methods.base import CachePolicy
 from saccade.reader.books import DATA
 
 PLANS = DATA / "plans"
 DENSE = "dense"
 CONTROLS = (DENSE, "streaming", "random", "oracle")
+NEEDS = {"fetch": "offload"}  # methods that read less than everything only beside a policy
 
 
 def preset(name: str, model: Any, length: int, *, bundled: bool = False) -> Plan:
@@ -24,7 +26,9 @@ def preset(name: str, model: Any, length: int, *, bundled: bool = False) -> Plan
 
     A method stands in every phase that it serves. Budgets are set so that it reads a tenth to a fifth of what
     dense attention reads at 8k to 32k tokens. In a combination with a cache policy the heads that the policy names
-    follow it, and the other methods serve the remaining heads.
+    follow it in decoding, and in prefill, too, where it shows them a window (`duo`, `moa`); the other methods serve the
+    remaining heads. A policy that reads a prompt whole and evicts afterwards (`snapkv`, `h2o`, `razor`) leaves prefill
+    to the others.
 
     Args:
         name: `"minference"`, `"minference+duo"`, ... (`saccade list`); `"minference@0.05"` reads about that share of
@@ -35,7 +39,8 @@ def preset(name: str, model: Any, length: int, *, bundled: bool = False) -> Plan
 
     Raises:
         PlanError: an unknown name, a layer with its own weights, a method that must be fitted first, a share that is
-            not in (0, 1] or that a method without a budget was given.
+            not in (0, 1], or that was given to a method without a budget, or to one whose budget means nothing without
+            a policy that is not there.
 
     Example:
         >>> plan = preset("trishape+tidal", ModelShape(8, 4, 2), 8192)
@@ -45,13 +50,12 @@ def preset(name: str, model: Any, length: int, *, bundled: bool = False) -> Plan
     shape = ModelShape.of(model)
     parts = [_single(part.strip(), shape, length, bundled) for part in name.split("+")]
     policies = [part for part in parts if phases(part) == {"cache"}]
+    _check_shares(name, policies)
     plan = parts[0]
     for part in parts[1:]:
         plan = plan.also(part)
     for policy in policies:
-        # heads whose tokens are only elsewhere are still to be read by the other methods
-        if not all(find(a.method).lossless for row in policy.layers for a in row):
-            plan = _beside(plan, policy)
+        plan = _beside(plan, policy)
     return Plan(plan.model, plan.layers, note=name)
 
 
@@ -165,16 +169,21 @@ def arguments(name: str, layers: int, length: int) -> dict[str, Any]:
         "random": {"budget": blocks},
         # the paper picks in layers 2 and 13 of 32
         "tidal": {"budget": max(256, length // 64), "first": first, "correct": max(first + 1, layers * 13 // 32)},
-        # two of 32 layers dense in the paper; two products for each page of 16, beside what is read. Pages of 32 cost
-        # half of that and lose lists of like keys: on the reader 1 of 6 key-value answers, 5 with pages of 16
-        "quest": {"budget": max(512, length // 16), "block_k": 16, "first": layers // 16},
+        # two of 32 layers dense in the paper; two products for each page of 8, beside what is read. Pages of 16 cost
+        # half of that and lose lists of like keys: 14 of the reader's 46 key-value answers at 32k, pages of 8 one
+        "quest": {"budget": max(512, length // 16), "block_k": 8, "first": layers // 16},
         # a full step costs two: it is read, and scored once more; answers of more than three tokens lie beyond the
         # paper's maximum over 7 neighbours
-        "recycled": {"budget": max(256, length // 16), "stride": 50, "kernel": 15},
-        # a graph scans about as many keys as it is to find, several times
-        "retrieval": {"budget": 64 + max(192, length // 32) + 100, "sink": 64, "near": max(192, length // 32)},
-        "fetch": {"blocks": max(4, length // 1024)},
-        "offload": {"sink": 64, "recent": max(192, length // 32), "block": 32},
+        "recycled": {"budget": max(256, length // 48), "stride": 50, "kernel": 15},
+        # clusters are there at once, where the graph takes seconds to build and exact search stands in for it; and an
+        # evaluation comes out the same each time only if no step is taken before the index is there
+        "retrieval": {
+            **{"budget": 64 + max(192, length // 32) + 100, "sink": 64, "near": max(192, length // 32)},
+            **{"kind": "lists", "wait": True},
+        },
+        # blocks of 8 for the same reason as quest's pages: with blocks of 32 the reader finds 2 of 50 key-value answers
+        "fetch": {"blocks": max(16, length // 256)},
+        "offload": {"sink": 64, "recent": max(192, length // 32), "block": 8},
         # in the prompt 17 blocks of 16 that are always read, and half of the others
         "actqkv": {
             "budget": 16 * (17 + 2 * max(16, length // 512)),
@@ -211,24 +220,54 @@ def _single(name: str, shape: ModelShape, length: int, bundled: bool) -> Plan:
     return Plan.uniform(shape, **{phase: (name, args) for phase in PHASES if phase in build(name, args).phases})
 
 
+def _check_shares(name: str, policies: Sequence[Plan]) -> None:
+    """Refuse a share of a method that reads everything because the policy it goes with is missing."""
+    there = {a.method for part in policies for row in part.layers for a in row}
+    for part in name.split("+"):
+        method, share = split(part.strip())
+        needed = NEEDS.get(method)
+        if share is not None and needed is not None and needed not in there:
+            raise PlanError(
+                f"{name}: {method} reads less than everything only of what {needed} has moved away, so a share of it "
+                f"means nothing here; name {part.strip()}+{needed}"
+            )
+
+
 def _beside(plan: Plan, policy: Plan) -> Plan:
-    """The plan with the heads of a cache policy taken out of its prefill and decode methods."""
-    share = plan.model.heads // plan.model.kv_heads
+    """The plan with the heads that follow a cache policy taken out of its prefill and decode methods."""
     layers = []
     for row, kept in zip(plan.layers, policy.layers, strict=True):
-        named = [range(plan.model.kv_heads) if a.heads is None else a.heads for a in kept]
-        taken = {g * share + i for heads in named for g in heads for i in range(share)}
+        taken = {phase: _followers(plan.model, kept, phase) for phase in ("prefill", "decode")}
         left = []
         for assign in row:
-            if assign.phase == "cache" or not taken:
+            gone = taken.get(assign.phase)
+            if not gone:
                 left.append(assign)
                 continue
             heads = range(plan.model.heads) if assign.heads is None else assign.heads
-            rest = tuple(h for h in heads if h not in taken)
+            rest = tuple(h for h in heads if h not in gone)
             if rest:
                 left.append(replace(assign, heads=rest))
         layers.append(tuple(left))
     return Plan(plan.model, tuple(layers), plan.note)
+
+
+def _followers(shape: ModelShape, kept: Sequence[Assign], phase: str) -> set[int]:
+    """Query heads whose policy says what they see in a phase, so that no other method is to stand there."""
+    share, found = shape.heads // shape.kv_heads, set()
+    for assign in kept:
+        policy = find(assign.method)
+        # tokens that are only elsewhere are still to be read by the other methods
+        if policy.lossless or (phase == "prefill" and not windowed(policy)):
+            continue
+        heads = range(shape.kv_heads) if assign.heads is None else assign.heads
+        found |= {g * share + i for g in heads for i in range(share)}
+    return found
+
+
+def windowed(policy: type[CachePolicy]) -> bool:
+    """Does a policy show its heads less than all that is stored? Else a first prompt is read whole, and cut later."""
+    return policy.pattern is not CachePolicy.pattern
 
 
 def _possible(name: str, loaded: Loaded, length: int) -> bool:

@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saccade.core.errors import FileError, InputError
+from saccade.core.errors import FileError, InputError, SaccadeError
 from saccade.core.files import write_whole
+from saccade.core.plan import Plan
 from saccade.evaluate import headmap
 from saccade.evaluate.cells import (
     FIELDS,
@@ -39,6 +40,7 @@ from saccade.evaluate.model import Loaded
 from saccade.evaluate.presets import resolve
 from saccade.evaluate.samples import Cell
 from saccade.evaluate.samples import append as append_lines
+from saccade.hf.attach import attach
 
 Group = tuple[str, int]  # task and length: all methods get the same samples of it
 Tell = Callable[[dict[str, Any], int, int], None]
@@ -203,13 +205,17 @@ def run(
         All rows of the folder, in the order of `ask.cells()`.
 
     Raises:
-        PlanError, InputError: an unknown method, plan file or task, before anything is run.
+        PlanError, InputError, UnsupportedError: an unknown method, plan file or task, or a plan that this model cannot
+            have, before anything is run.
         FileError: the folder holds another evaluation.
         CrewError: workers cannot be had.
     """
     for name in ask.tasks:
         get_task(name)
     plans = {(m, length): resolve(m, loaded, length) for m in ask.methods for length in ask.lengths}
+    for (name, _), plan in plans.items():
+        if plan is not None:
+            _try_on(loaded, name, plan)
     store = Store.open(folder, ask)
     cells = list(ask.cells())
 
@@ -217,17 +223,17 @@ def run(
         if progress is not None:
             progress(row, len(store.by_cell), len(cells))
 
-    def job(cell: Cell, sharing: int | None = None) -> Job:
+    def job(cell: Cell, alone: bool = True) -> Job:
         method, _, length = cell
-        own = batch or batch_of(loaded, length, sharing or 1)
-        return Job(cell, plans[method, length], min(own, ask.samples), alone=sharing is None)
+        own = batch or batch_of(loaded, length)
+        return Job(cell, plans[method, length], min(own, ask.samples), alone)
 
     left = [cell for cell in cells if not store.has(cell)]
     if crew is None:
         _here(loaded, ask, [job(cell) for cell in left], store, tell)
     elif left:
         with crew() as workers:
-            _spread(workers, ask, [job(cell, workers.sharing) for cell in left], store, tell)
+            _spread(workers, ask, [job(cell, alone=False) for cell in left], store, tell)
     _take_times(loaded, ask, [job(cell) for cell in untimed(ask, store)], store, tell)
     order = {cell: at for at, cell in enumerate(cells)}
     return sorted(store.rows, key=lambda row: order[cell_of(row)])
@@ -246,6 +252,14 @@ def untimed(ask: Ask, store: Store) -> list[Cell]:
 def cell_of(row: dict[str, Any]) -> Cell:
     """Method, task and length of a row."""
     return row["method"], row["task"], row["length"]
+
+
+def _try_on(loaded: Loaded, name: str, plan: Plan) -> None:
+    """Raise now what attaching the plan would raise in every cell."""
+    try:
+        attach(loaded.model, plan).detach()
+    except SaccadeError as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def _here(loaded: Loaded, ask: Ask, jobs: list[Job], store: Store, tell: Callable[[dict[str, Any]], None]) -> None:

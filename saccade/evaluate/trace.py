@@ -89,8 +89,13 @@ class Trace:
         return layer, int(self.finders[layer].argmax())
 
     def last_step(self) -> Tensor:
-        """Where every layer and head looked for the last token: [layers * heads, SIZE]."""
-        return torch.cat([self.steps[layer][-1] for layer in sorted(self.steps)])
+        """Where every layer and head looked for the last token: [layers * heads, SIZE].
+
+        Nowhere, for heads whose method gave the answer itself and showed no pattern.
+        """
+        blank = [torch.zeros(self.heads, SIZE)]
+        layers = sorted({at for _, at in self.meter.layers} | set(self.steps))
+        return torch.cat([self.steps.get(layer, blank)[-1] for layer in layers])
 
     def _prefill(self, seen: Seen, ids: tuple[int, ...]) -> None:
         assert seen.pattern is not None

@@ -44,9 +44,11 @@ def from_minference(path: str | os.PathLike[str], model: Any = None) -> Plan:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise PlanError(f"{path}: not an MInference config (a list with one object per layer)")
     ids = [key for row in rows for key in row]
-    if not all(key.isdigit() and len(key) < 6 for key in ids):
-        raise PlanError(f"{path}: head ids must be numbers, got {next(k for k in ids if not k.isdigit())!r}")
-    heads = 1 + max(map(int, ids), default=-1)
+    wrong = [key for key in ids if not (key.isascii() and key.isdigit() and len(key) < 6)]
+    if wrong or not ids:
+        said = f"got {wrong[0][:60]!r}" if wrong else "there is none"
+        raise PlanError(f"{path}: head ids must be numbers up to 99999, {said}")
+    heads = 1 + max(map(int, ids))
     shape = ModelShape(len(rows), heads, heads) if model is None else ModelShape.of(model)
     if shape.layers != len(rows) or heads > shape.heads:
         raise PlanError(
@@ -58,7 +60,10 @@ def from_minference(path: str | os.PathLike[str], model: Any = None) -> Plan:
         for head in range(shape.heads):
             same.setdefault(_entry(row.get(str(head), _MISSING), f"{path}: layer {at}, head {head}"), []).append(head)
         layers.append([Assign(tuple(ids), name, dict(args)) for (name, args), ids in same.items()])
-    return Plan.per_head(shape, layers, note=f"MInference config {os.path.basename(path)}")
+    note = f"MInference config {os.path.basename(path)}"
+    if model is None:
+        note += ", which does not say how query heads share key heads"
+    return Plan.per_head(shape, layers, note=note)
 
 
 def from_duo(
@@ -89,9 +94,14 @@ def from_duo(
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
             try:
-                gates.append([min(1.0, max(0.0, float(cell))) for cell in line.split()])
+                row = [float(cell) for cell in line.split()]
             except ValueError:
-                raise PlanError(f"{path}: line {number} is not a row of numbers") from None
+                raise PlanError(
+                    f"{path}: line {number} is not a row of numbers, so this is no table of DuoAttention's; a plan in "
+                    "JSON begins with { or ["
+                ) from None
+            # a gate that is no number stays one, to be refused
+            gates.append([g if math.isnan(g) else min(1.0, max(0.0, g)) for g in row])
     return from_gates(gates, model, sparsity=sparsity, sink=sink, recent=recent, seed=seed, where=str(path))
 
 
@@ -106,7 +116,9 @@ def from_gates(
     where: str = "gates",
 ) -> Plan:
     """The same from gate values [layers][kv heads] in [0, 1]."""
-    if not gates or not gates[0] or len({len(row) for row in gates}) != 1:
+    if not gates:
+        raise PlanError(f"{where}: there is nothing in it")
+    if not gates[0] or len({len(row) for row in gates}) != 1:
         raise PlanError(f"{where}: not a table with one row per layer and one column per key head")
     if not all(math.isfinite(g) for row in gates for g in row):
         raise PlanError(f"{where}: a gate is not a number")
@@ -128,15 +140,17 @@ def from_gates(
         streaming[layer].append(head)
     args = {"sink": sink, "recent": recent}
     layers = [[Assign(tuple(sorted(ids)), "duo", args, "cache")] if ids else [] for ids in streaming]
-    return Plan.per_head(
-        shape, layers, note=f"DuoAttention, {sparsity:.0%} of key heads stream, from {os.path.basename(where)}"
-    )
+    note = f"DuoAttention, {sparsity:.0%} of key heads stream, from {os.path.basename(where)}"
+    if model is None:
+        note += ", which does not say how many query heads share a key head"
+    return Plan.per_head(shape, layers, note=note)
 
 
 def _entry(entry: Any, where: str) -> tuple[str, tuple[tuple[str, int], ...]]:
-    if not isinstance(entry, (list, tuple)) or len(entry) < 3 or entry[0] not in _PATTERNS:
+    known = isinstance(entry, (list, tuple)) and len(entry) >= 3 and isinstance(entry[0], str)
+    if not known or entry[0] not in _PATTERNS:
         raise PlanError(
-            f"{where}: must be [pattern, a, b, score], a pattern one of {', '.join(_PATTERNS)}; got {entry!r}"
+            f"{where}: must be [pattern, a, b, score], a pattern one of {', '.join(_PATTERNS)}; got {str(entry)[:200]}"
         )
     name, labels = _PATTERNS[entry[0]]
     numbers = entry[1:3]

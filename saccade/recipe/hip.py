@@ -17,13 +17,16 @@ from saccade.recipe.model import Shape
 
 BUDGET = {"base": 256, "slope": 1 / 64}  # 512 keys at 16384 tokens
 BROAD = {"base": 512, "slope": 1 / 32}  # the first layer looks everywhere
+# where the last layer is dense the others have less: together at most a fifth is read from 16384 tokens on
+BESIDE_DENSE = {"base": 256, "slope": 1 / 80}
+BROAD_BESIDE_DENSE = {"base": 256, "slope": 1 / 32}
 NEAR = {"sink": 64, "window": 128, "first": 0}
 
 
 def hip() -> Plan:
     """HiP in all layers but the last, with every 16th row of a query block judging."""
-    args = {"budget": BUDGET, **NEAR, "stride": 16, "refresh": 2}
-    first = {**args, "budget": BROAD}
+    args = {"budget": BESIDE_DENSE, **NEAR, "stride": 16, "refresh": 2}
+    first = {**args, "budget": BROAD_BESIDE_DENSE}
     rows: list[dict[str, Any] | None] = [first, *[args] * (Shape().layers - 2), None]
     return _plan("hip", rows, "HiP, last layer dense")
 

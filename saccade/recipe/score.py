@@ -237,7 +237,7 @@ def score(
             )
     result["bits_per_byte"] = bits_per_byte(dense, tokenizer, lengths, device)
     print(f"{time.time() - started:5.0f} s  bits per byte {json.dumps(result['bits_per_byte'])}", flush=True)
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else device
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     result["about"] = {"torch": torch.__version__, "device": name, "count": count, "seed": seed}
     result["about"] |= {"window": WINDOW, "sink": SINK, "weights": "bfloat16", "seconds": round(time.time() - started)}
     Path(out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -19,6 +20,8 @@ def test_list(saccade):
     by_name = {row["name"]: row for row in rows}
     assert by_name["duo"]["phases"] == ["cache"] and by_name["duo"]["family"] == "policy"
     assert by_name["lightning"]["trained"] is True and by_name["streaming"]["trained"] is False
+    # its hyperparameter of this name is a length, and no claim
+    assert by_name["hipextend"]["trained"] is False and by_name["seer"]["trained"] is True
     assert all(row["idea"] for row in rows)
     code, out, _ = saccade("list")
     assert code == 0 and all(name in out for name in METHODS)
@@ -49,6 +52,17 @@ def test_show(saccade, tiny, tmp_path, method, kind):
     assert "┌" in out and ("untrained" in out) == (kind == "mixing")
 
 
+@pytest.mark.parametrize("method, kind", [("offload", "cache"), ("offload+fetch", "cache"), ("longheads", "prefill")])
+def test_show_says_where_there_is_no_pattern(saccade, tiny, tmp_path, method, kind):
+    """Methods that give the answer themselves are drawn blank, one row per layer and head as for any other."""
+    argv = ["show", method, "--model", tiny, "--length", 512, "--out", tmp_path / "a.png"]
+    found = document(saccade(*argv, "--json"))
+    assert found["kind"] == kind and "shows no pattern" in found["how"]
+    assert kind != "cache" or len(found["cells"]) == 4 * 4
+    code, out, err = saccade(*argv)
+    assert code == 0 and "no pattern to draw" in out, err
+
+
 def test_show_draws_the_arguments_it_is_given(saccade, tiny, tmp_path):
     argv = ["show", "streaming", "--model", tiny, "--length", 512, "--out", tmp_path / "a.png", "--json"]
     narrow = document(saccade(*argv, "--arg", "recent=8", "--arg", "sink=0", "--layer", 1, "--head", 2))
@@ -70,6 +84,16 @@ def test_run(saccade, tiny, tmp_path):
     assert dense["density"] == 1.0 and dense["length"] == found["length"]
     code, out, _ = saccade(*argv)
     assert code == 0 and out.startswith(dense["answer"])
+
+
+def test_run_says_that_there_is_no_answer(saccade, tiny, tmp_path, monkeypatch):
+    from saccade.evaluate import measure
+
+    real = measure.answers
+    monkeypatch.setattr(measure, "answers", lambda *a, **k: [replace(one, text="") for one in real(*a, **k)])
+    (tmp_path / "p.txt").write_text("It rained. " * 20)
+    code, out, _ = saccade("run", "--model", tiny, "--prompt-file", tmp_path / "p.txt", "--max-new-tokens", 1)
+    assert code == 0 and out.startswith("(no answer")
 
 
 def test_run_warns_beyond_the_trained_length(saccade, tiny, tmp_path):
@@ -99,6 +123,12 @@ def test_plan_show(saccade, tmp_path):
     code, out, _ = saccade("plan", "show", tmp_path / "plan.json")
     assert code == 0
     assert "small: 2 layers" in out and "S  streaming: 2 settings" in out and "a test" in out
+
+
+def test_plan_show_obeys_no_control_characters_of_a_file(saccade, tmp_path):
+    Plan.per_head(ModelShape(1, 1, 1, "a\x1b[2Jb"), [[]], note="red\x1b[31m\rgreen").save(tmp_path / "plan.json")
+    code, out, _ = saccade("plan", "show", tmp_path / "plan.json")
+    assert code == 0 and "a [2Jb: 1 layers" in out and "red [31m green" in out and "\x1b" not in out
 
 
 def test_plan_show_reads_published_files(saccade, tmp_path):

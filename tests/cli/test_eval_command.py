@@ -6,7 +6,10 @@ import time
 
 import pytest
 
+from saccade.cli.eval import text_table
 from saccade.core.plan import ModelShape, Plan
+from saccade.evaluate.model import load
+from saccade.evaluate.presets import preset
 
 
 def rows_of(folder):
@@ -97,6 +100,26 @@ def test_jobs_give_the_rows_of_one_process(saccade, tiny, tmp_path):
     assert [row["ttft_s"] is not None for row in found[1]] == [True, True, False, False]
 
 
+def test_a_p_of_one_is_not_shown_as_nothing():
+    from saccade.cli.eval import _verdict
+    from saccade.evaluate.report.compare import paired
+    from saccade.evaluate.significance import Verdict
+
+    # one question, lost: McNemar's exact test says 1
+    lost = paired([0.0], [1.0])
+    assert lost.p == 1.0
+    assert _verdict(Verdict("even", lost)) == "even 1.000"
+    assert _verdict(Verdict("worse", lost._replace(p=0.0312))) == "worse .031"
+    assert _verdict(Verdict("worse", lost._replace(p=0.0002))) == "worse <.001"
+
+
+def test_a_failed_cell_is_told_by_the_exit_code(saccade, tiny, tmp_path):
+    argv = ["eval", "--model", tiny, "--methods", "dense", "--no-controls", "--tasks", "needle,copy-perplexity"]
+    code, out, _ = saccade(*argv, "--lengths", 200, "--samples", 1, "--out", tmp_path)
+    assert code == 1 and "failed: dense on copy-perplexity at 200" in out
+    assert [row["error"] is None for row in rows_of(tmp_path) if "error" in row].count(False) == 1
+
+
 def test_an_edited_plan_file_is_noticed(saccade, tiny, tmp_path):
     shape, file = ModelShape(4, 4, 2), tmp_path / "plan.json"
     Plan.uniform(shape, prefill=("streaming", {"sink": 4, "recent": 64})).save(file)
@@ -151,3 +174,25 @@ def test_a_real_ctrl_c_keeps_finished_cells_and_the_run_goes_on(tiny, tmp_path):
     rows = json.loads(done.stdout)["rows"]
     assert len(rows) == len(rows_of(tmp_path)) == 9
     assert rows_of(tmp_path)[: len(kept)] == kept
+
+
+def test_a_plan_file_is_shown_by_its_name_and_columns_are_explained(saccade, tiny, tmp_path):
+    preset("streaming", ModelShape.of(load(tiny, device="cpu").model), 400).save(tmp_path / "mine.json")
+    argv = ["eval", "--model", tiny, "--plans", tmp_path / "mine.json", "--no-controls", "--tasks", "kv"]
+    code, out, err = saccade(*argv, "--lengths", "400", "--samples", 1, "--out", tmp_path / "out")
+    assert code == 0, err
+    head, rule, line, *below = out.splitlines()
+    assert line.startswith("mine.json ") and str(tmp_path) not in line
+    said = " ".join(below)
+    assert all(f"{name}: " in said for name in ("reads", "mass", "first", "token", "kv")) and "mass" in head
+    assert max(map(len, [head, rule, *below[:2]])) <= 100
+
+
+def test_plan_files_of_the_same_name_keep_their_folders():
+    rows = [
+        dict.fromkeys(("score", "low", "n", "density", "mass", "ttft_s", "tpot_s", "kv_bytes"))
+        | {"method": name, "task": "kv", "length": 400}
+        for name in ("a/plan.json", "b/plan.json", "c/other.tsv", "quest")
+    ]
+    shown = [line.split()[0] for line in text_table(rows).splitlines()[2:]]
+    assert shown == ["a/plan.json", "b/plan.json", "other.tsv", "quest"]

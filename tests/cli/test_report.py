@@ -6,7 +6,7 @@ import pytest
 
 ROWS = [
     {"method": "dense", "score": 1.0, "low": 0.72, "high": 1.0, "ttft_s": 4.0},
-    {"method": "quest", "score": 0.1, "low": 0.02, "high": 0.4, "ttft_s": 2.0},
+    {"method": "pooled", "score": 0.1, "low": 0.02, "high": 0.4, "ttft_s": 2.0},
 ]
 
 
@@ -18,7 +18,7 @@ def folder(tmp_path, monkeypatch):
     made.mkdir()
     rows = [{"task": "needle", "length": 4096, "n": 10, "tpot_s": None, "kv_bytes": 1000} | row for row in ROWS]
     (made / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {"model": "reader", "methods": ["dense", "quest"], "tasks": ["needle"], "lengths": [4096], "seed": 0}
+    config = {"model": "reader", "methods": ["dense", "pooled"], "tasks": ["needle"], "lengths": [4096], "seed": 0}
     (made / "config.json").write_text(json.dumps(config))
     return made
 
@@ -30,7 +30,7 @@ def test_page_and_summary(saccade, folder):
     assert page.read_text().count("<tr>") == 3
     assert f"The page: {page}" in out and str(folder / "report-plots") in out
     assert out.split("\n")[0] == "Gain" and "first token 2.0 times as fast" in out
-    assert "quest answers less than dense: 0.10 against 1.00" in out
+    assert "pooled answers less than dense: 0.10 against 1.00" in out
     assert max(map(len, out.split("\n\n")[0].splitlines())) <= 100
 
 

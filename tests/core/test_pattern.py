@@ -119,6 +119,15 @@ def test_pairs_are_counted_as_the_mask_counts_them(case):
     assert pattern.density(call) == pytest.approx(pattern.mask(call).sum().item() / max(allowed, 1))
 
 
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_pairs_of_each_head_are_counted_as_the_mask_counts_them(case):
+    call, pattern = case
+    found = pattern.counts(call)
+    assert found.dtype == torch.double and found.shape == (call.shape.H,)
+    assert found.tolist() == pattern.mask(call).sum((0, 2, 3)).tolist()
+
+
 @settings(max_examples=80, deadline=None)
 @given(cases())
 def test_mask_is_what_the_definitions_say(case):

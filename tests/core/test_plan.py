@@ -210,7 +210,8 @@ def test_hostile_text(name):
     with pytest.raises(PlanError, match=f"(?s){says}") as found:
         Plan.from_json(text, "given.json")
     assert len(str(found.value)) < 500
-    assert str(found.value).startswith(("given.json", "plan: layer", "plan:", "streaming", "duo", "unknown method"))
+    # of several files the person must know which
+    assert str(found.value).startswith("given.json: ")
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,6 +1,8 @@
 """A tiny random model with the reader's tokenizer, loaded; two tokenizers that have little in common."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import tiny_model
@@ -40,6 +42,37 @@ def tiny():
 
     model = tiny_model.model(attn_implementation="sdpa")
     return Loaded("tiny", model, AutoTokenizer.from_pretrained(str(path())))
+
+
+@pytest.fixture(scope="module")
+def wild(tiny):
+    """The same in float64, with weights so large that each token it has read changes what it says."""
+    import torch
+
+    source = torch.Generator().manual_seed(0)
+    model = copy.deepcopy(tiny.model).double()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=source, dtype=torch.float64))
+    return replace(tiny, model=model)
+
+
+@pytest.fixture
+def alike():
+    """alike(task, tokenizer, length, count): samples whose texts have equally many tokens; their questions need not."""
+
+    def draw(task, tokenizer, length, count):
+        found = {}
+        for index in range(40):
+            sample = task.sample(tokenizer, length, index)
+            same = found.setdefault(len(sample.ids), [])
+            same.append(sample)
+            if len(same) == count:
+                return same
+        raise AssertionError(f"of 40 samples no {count} have one length")
+
+    return draw
 
 
 @pytest.fixture

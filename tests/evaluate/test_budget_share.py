@@ -9,7 +9,7 @@ from saccade.core.plan import Assign, ModelShape, Plan
 from saccade.core.table import METHODS, find
 from saccade.evaluate import presets
 from saccade.evaluate.budget import KNOBS, keys_of, scaled
-from saccade.evaluate.presets import phases, preset, resolve
+from saccade.evaluate.presets import NEEDS, phases, preset, resolve
 
 SHARES = (0.05, 0.1, 0.2)
 SHAPE = ModelShape(8, 1, 1)
@@ -47,12 +47,14 @@ def test_reads_about_its_share_and_more_for_more(name, phase):
 @pytest.mark.parametrize("share", [0.001, 0.3, 1.0])
 @pytest.mark.parametrize("name", [n for n in KNOBS if n != "seer"])
 def test_every_budget_makes_a_method(name, share, length):
-    plan = preset(f"{name}@{share}", SHAPE, length)
-    assert phases(plan) == set(find(name).phases)
+    beside = NEEDS.get(name)
+    given = f"{name}@{share}" if beside is None else f"{name}@{share}+{beside}"
+    plan = preset(given, SHAPE, length)
+    assert phases(plan) == set(find(name).phases) | ({"cache"} if beside else set())
     for row in plan.layers:
         for assign in row:
             assign.build(length)
-    assert plan.note == f"{name}@{share}"
+    assert plan.note == given
     assert Plan.from_json(plan.to_json()) == plan
 
 
@@ -131,3 +133,11 @@ def test_measured_density_grows_with_the_share(tiny):
         density = [one.look.density(one.phase) for one in found]
         error = [one.output_error for one in found]
         assert density == sorted(density) and error == sorted(error, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["fetch@0.1", "minference+fetch@0.1", "fetch@0.1+snapkv"])
+def test_a_share_that_means_nothing_is_refused(name):
+    with pytest.raises(PlanError, match=r"name fetch@0\.1\+offload"):
+        preset(name, SHAPE, 4096)
+    preset("offload+fetch@0.1", SHAPE, 4096)
+    preset("fetch", SHAPE, 4096)

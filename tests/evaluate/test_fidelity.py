@@ -12,8 +12,9 @@ from saccade.core.call import Call
 from saccade.core.errors import InputError
 from saccade.core.pattern import Full, Tokens
 from saccade.core.plan import Assign, Plan
-from saccade.evaluate.fidelity import Look, dense_rows, divergence, fidelity, follow, read_dense, sparse_phase
+from saccade.evaluate.fidelity import divergence, fidelity, follow, read_dense, sparse_phase
 from saccade.evaluate.generate import serving
+from saccade.evaluate.look import Look, dense_rows
 from saccade.evaluate.model import Loaded
 from saccade.evaluate.presets import preset
 from saccade.methods.apply import Seen

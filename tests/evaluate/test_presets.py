@@ -3,13 +3,14 @@ import json
 import pytest
 import torch
 
+from saccade import attach
 from saccade.core.call import Call
 from saccade.core.errors import FileError, PlanError
 from saccade.core.pattern import Full
 from saccade.core.plan import Assign, ModelShape, Plan
-from saccade.core.table import METHODS, find
+from saccade.core.table import METHODS, family, find
 from saccade.evaluate import presets
-from saccade.evaluate.model import Loaded
+from saccade.evaluate.model import READER, Loaded, load
 from saccade.evaluate.presets import note, phases, preset, read_plan, resolve
 from saccade.methods.base import Selector
 
@@ -61,6 +62,51 @@ def test_heads_of_a_policy_follow_it_beside_other_methods(monkeypatch, tmp_path)
         ("duo", (1,), "cache"),
     ]
     assert [a.heads for a in plan.layers[1]] == [None, None]
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "h2o"])
+@pytest.mark.parametrize("name", [n for n in PLANNED if "prefill" in find(n).phases])
+def test_a_policy_that_reads_a_prompt_whole_leaves_prefill_to_the_method(name, policy):
+    for joined in (f"{name}+{policy}", f"{policy}+{name}"):
+        row = preset(joined, SHAPE, 4096).layers[5]
+        assert {(a.method, a.heads, a.phase) for a in row} == {(name, None, "prefill"), (policy, None, "cache")}
+
+
+def served(plan, name):
+    """(layer, query head) pairs whose prompts a method reads."""
+    every = range(plan.model.heads)
+    rows = [plan.phase(layer, "prefill") for layer in range(plan.model.layers)]
+    return {(at, h) for at, row in enumerate(rows) for a in row if a.method == name for h in a.heads or every}
+
+
+def held(plan, name):
+    """(layer, query head) pairs whose key heads follow a policy."""
+    every, share = range(plan.model.kv_heads), plan.model.heads // plan.model.kv_heads
+    rows = [plan.phase(layer, "cache") for layer in range(plan.model.layers)]
+    keys = [(at, g) for at, row in enumerate(rows) for a in row if a.method == name for g in a.heads or every]
+    return {(at, g * share + i) for at, g in keys for i in range(share)}
+
+
+@pytest.mark.slow
+def test_every_prefill_method_beside_every_policy_attaches_and_reads():
+    reader = load(READER, device="cpu")
+    policies = [name for name in METHODS if family(name) == "policy" and name != "offload"]
+    # moa names all heads, and each has a window of its own
+    first = {"duo": "some", "moa": "none", "razor": "all", "snapkv": "all", "h2o": "all"}
+    assert set(policies) == set(first)
+    ids = torch.randint(3, 500, (1, 512), generator=torch.Generator().manual_seed(0))
+    for name in [n for n in METHODS if "prefill" in find(n).phases]:
+        alone = served(preset(name, reader.model, 512, bundled=True), name)
+        assert alone
+        for policy in policies:
+            plan = preset(f"{name}+{policy}", reader.model, 512, bundled=True)
+            left = served(plan, name)
+            assert left == {"none": set(), "some": alone - held(plan, policy), "all": alone}[first[policy]]
+            assert (left < alone) == (first[policy] != "all")
+            if policy == "moa" and name != "dense":
+                continue  # the same plan for all
+            with attach(reader.model, plan) as session, torch.no_grad():
+                assert reader.model(ids, past_key_values=session.cache(512)).logits.isfinite().all()
 
 
 def test_a_shipped_plan_is_for_the_reader_alone(monkeypatch, tmp_path):

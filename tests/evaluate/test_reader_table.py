@@ -60,6 +60,9 @@ def everyone():
             # fails in one task
             row("pooled", task, score=top if task == "needle" else 0.85, density=0.1),
             row("trishape", task, score=top, density=0.21),
+            row("seer", task, score=top if task == "needle" else top - 0.03, density=0.05),
+            row("hip", task, score=top, density=0.08, read_bytes=380),
+            row("infinitehip", task, score=top, density=0.08, read_bytes=660),
             row("quest", task, score=top, density=0.5, read_bytes=200),
             # no bytes were measured: the density of decoding stands for them
             row("tidal", task, score=top, density=0.3),
@@ -74,9 +77,17 @@ def everyone():
 
 def test_summary_and_costs(writer, tmp_path):
     text = write(writer, tmp_path, [folder(tmp_path / "a", everyone())])
-    assert priced(text, "prefill, 1") == "`minference` (0.20)"
-    assert priced(text, "decode or cache, 3") == "`quest` (0.10), `h2o` (0.15), `snapkv` (0.20)"
-    assert priced(text, "like dense, but dearer, 3") == "`trishape` (0.21), `tidal` (0.30), `minference+duo` (0.60)"
+    assert priced(text, "prefill, 2 in every task") == "`hip` (0.08), `minference` (0.20)"
+    assert priced(text, "decode or cache, 4 in every task") == (
+        "`quest` (0.10), `h2o` (0.15), `hip` (0.19), `snapkv` (0.20)"
+    )
+    # 3 points below in one task, 1.5 in the mean of the two
+    assert priced(text, "prefill, 1 more over the tasks together") == "`seer` (0.05)"
+    assert "decode or cache, 0 more" not in text
+    # hip at a third: its prefill is cheap, what its steps read is not
+    assert priced(text, "like dense, but dearer, 4") == (
+        "`trishape` (0.21), `tidal` (0.30), `infinitehip` (0.33), `minference+duo` (0.60)"
+    )
     assert priced(text, "not like dense, 1") == "`pooled` (0.10)"
     got = cells(text, "minference")
     assert got["kind"] == "prefill" and (got["needle"], got["key-value"]) == ("0.98", "0.88")
@@ -96,7 +107,8 @@ def test_reasons_only_of_those_that_fall_short(writer, tmp_path):
 def test_a_task_that_a_method_was_not_given_is_not_passed(writer, tmp_path):
     rows = [row("dense"), row("dense", "kv"), row("minference", density=0.1)]
     text = write(writer, tmp_path, [folder(tmp_path / "a", rows)])
-    assert priced(text, "not like dense, 1") == "`minference` (0.10)"
+    assert priced(text, "not run in every task, 1") == "`minference` (0.10)"
+    assert "not like dense" not in text and "prefill, 0 in every task: none" in text
     assert cells(text, "minference")["key-value"] == "-"
 
 

@@ -58,7 +58,7 @@ def test_numbers_of_the_table_are_those_of_the_rows(evaluation, page_of, tmp_pat
     assert "within the interval" in minference[5]
     summary = found.summaries["a"]
     assert any(
-        "minference at 4,096 tokens: first token 3.2 times as fast, further tokens 1.6" in x for x in summary.gain
+        "minference at 4,096 tokens: first token 3.2 times as fast, 100% of the bytes" in x for x in summary.gain
     )
     assert any(x.startswith("minference 0.50 against 0.90 of dense: a loss is seen, within") for x in summary.lose)
     assert any("minference saves no memory" in x for x in summary.limits)
@@ -68,21 +68,48 @@ def test_numbers_of_the_table_are_those_of_the_rows(evaluation, page_of, tmp_pat
 
 def test_same_samples_are_tested_in_pairs(evaluation, tmp_path):
     ours, theirs = [1, 0, 0, 0, 0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1, 1, 1, 0, 1]
-    rows = [row("dense", 0.9, ttft=4.0), row("quest", 0.2)]
-    said = [*lines("dense", theirs, ttft=4.0), *lines("quest", ours)]
+    rows = [row("dense", 0.9, ttft=4.0), row("pooled", 0.2)]
+    said = [*lines("dense", theirs, ttft=4.0), *lines("pooled", ours)]
     folder = read_folders([evaluation(tmp_path / "a", rows, said)])[0]
-    found = difference(Side(folder, "quest"), Side(folder, "dense"), [("needle", 4096)])
+    found = difference(Side(folder, "pooled"), Side(folder, "dense"), [("needle", 4096)])
     assert found.p == pytest.approx(2 / 2**7) and found.how == "McNemar, exact"
     summary = summarize(folder)
-    assert summary.lose[0].startswith("quest answers less than dense: 0.20 against 0.90 (\N{MINUS SIGN}0.70, 95 % ")
+    assert summary.lose[0].startswith("pooled answers less than dense: 0.20 against 0.90 (\N{MINUS SIGN}0.70, 95 % ")
     assert "McNemar, exact, p = 0.016; 10 samples" in summary.lose[0]
     assert any("first token 2.0 times (95 % 2.0 to 2.0) as fast" in text for text in summary.gain)
     # other prompts, or fewer samples than the row counts, are no pairs
-    for other in (lines("quest", ours, prompt="q"), lines("quest", ours[:9])):
+    for other in (lines("pooled", ours, prompt="q"), lines("pooled", ours[:9])):
         broken = evaluation(tmp_path / "a", rows, [*lines("dense", theirs), *other])
         folder = read_folders([broken])[0]
-        found = difference(Side(folder, "quest"), Side(folder, "dense"), [("needle", 4096)])
+        found = difference(Side(folder, "pooled"), Side(folder, "dense"), [("needle", 4096)])
         assert found.p is None and found.how == "intervals, unpaired"
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "step", "said"),
+    [
+        ("minference", 2.0, 2.0, "first token 2.0 times as fast, "),
+        ("quest", 2.0, 2.0, "further tokens 2.0 times as fast, "),
+        ("minference+quest@0.1", 2.0, 2.0, "first token 2.0 times as fast, further tokens 2.0 times as fast, "),
+        ("snapkv", 2.0, 2.0, "further tokens 2.0 times as fast, "),
+        ("duo", 2.0, 2.0, "first token 2.0 times as fast, further tokens 2.0 times as fast, "),
+        ("offload+fetch", 2.0, 2.0, "further tokens 2.0 times as fast, "),
+        ("plans/mine.json", 2.0, 2.0, "first token 2.0 times as fast, further tokens 2.0 times as fast, "),
+        ("hip", 1.06, 1.04, "first token 1.1 times as fast, further tokens no faster, "),
+        ("hip", 1.04, 1.06, "first token no faster, further tokens 1.1 times as fast, "),
+        ("hip", 1.04, 1.04, None),
+        ("quest", 2.0, 1.04, None),
+        ("minference", 1.04, 2.0, None),
+        ("offload", 2.0, 2.0, None),
+    ],
+)
+def test_a_gain_is_one_that_the_method_makes(evaluation, tmp_path, name, first, step, said):
+    rows = [row("dense", 0.9, ttft=4.0, tpot=0.04, kv=1000), row(name, 0.9, ttft=4 / first, tpot=0.04 / step, kv=1000)]
+    gains = summarize(read_folders([evaluation(tmp_path / "a", rows)])[0]).gain
+    if said is None:
+        assert gains == ["Nothing that these rows show."]
+    else:
+        assert len(gains) == 1 and gains[0].startswith(f"{name} at 4,096 tokens: {said}100% of the bytes")
 
 
 def test_a_loss_on_one_task_is_not_hidden_by_the_others(evaluation, tmp_path):

@@ -12,6 +12,7 @@ import tiny_model
 import torch
 
 from saccade.core.errors import InputError
+from saccade.core.machine import cpus
 from saccade.evaluate.crew import CrewError, Outcome, Processes, Setup, called, setups
 from saccade.evaluate.headmap import FILE as HEADS
 from saccade.evaluate.model import load
@@ -52,7 +53,7 @@ class Inline:
 
     def __init__(self, loaded, size=3, dies=(), stops=None):
         self.loaded, self.size, self.dies, self.stops = loaded, size, dies, stops
-        self.sharing, self.given, self.running = size, [], deque()
+        self.given, self.running = [], deque()
 
     def __len__(self):
         return self.size
@@ -200,7 +201,7 @@ def test_processes_find_the_same_and_outlive_a_kill(small, ask, alone, tmp_path)
     rows = run(small, ask, tmp_path, crew=lambda: crew)
     (failed,) = [row for row in rows if row.get("error")]
     assert (failed["method"], failed["task"]) == ("streaming", "kv") and "exit code -9" in failed["error"]
-    assert crew.killed == 1 and crew.sharing == 2
+    assert crew.killed == 1
     check_same(alone, tmp_path, run(small, ask, tmp_path, crew=lambda: Inline(small)))
 
 
@@ -217,7 +218,7 @@ def test_a_model_that_is_not_there_is_said(tmp_path):
 def test_a_setup_for_each_worker(small):
     found = setups(small, 3, None, None)
     assert [setup.device for setup in found] == ["cpu"] * 3 and found[0].model == small.name
-    assert all(setup.threads == max(1, (os.cpu_count() or 1) // 3) for setup in found)
+    assert all(setup.threads == max(1, cpus() // 3) for setup in found)
     assert setups(small, 1, "cpu", 5)[0].threads == 5
 
 
@@ -227,7 +228,6 @@ def test_gpus_are_taken_in_turn(small, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [setup.device for setup in setups(OnGpu, 3, "cuda", 1)] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert Processes(setups(OnGpu, 3, None, 1)).sharing == 2
     # one that was named is the only one
     assert [setup.device for setup in setups(OnGpu, 2, "cuda:1", 1)] == ["cuda:1"] * 2
 

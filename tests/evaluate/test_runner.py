@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 
 from saccade.core.errors import FileError, InputError, PlanError
+from saccade.core.plan import Plan
 from saccade.evaluate import cells
 from saccade.evaluate.run import FIELDS, Ask, run
 
@@ -102,6 +103,16 @@ def test_a_failing_cell_is_kept_and_tried_again(tiny, tmp_path, monkeypatch):
     rows = run(tiny, ASK, tmp_path)
     assert len(again) == 1
     assert not any("error" in row for row in rows) and len(rows_in(tmp_path)) == 3
+
+
+def test_a_plan_that_cannot_be_attached_is_refused_before_any_work(tiny, tmp_path):
+    """Not as a failed cell behind those of the methods before it."""
+    plan = Plan.uniform(tiny.model, decode="tidal", cache=("duo", {"sink": 4, "recent": 16}))
+    plan.save(tmp_path / "both.json")
+    with pytest.raises(PlanError, match=r"both\.json: TidalDecode needs every token"):
+        run(tiny, replace(ASK, methods=("dense", str(tmp_path / "both.json"))), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    assert [row["method"] for row in run(tiny, replace(ASK, methods=("dense",)), tmp_path / "a")] == ["dense"]
 
 
 def test_mistakes_are_found_before_anything_is_written(tiny, tmp_path):

@@ -9,6 +9,7 @@ import transformers as tf
 
 from saccade import Assign, ModelShape, Plan, attach
 from saccade.cli.main import main
+from saccade.core.errors import PlanError
 from saccade.evaluate.presets import read_plan
 from saccade.fit.published import from_duo
 
@@ -129,8 +130,37 @@ def test_plan_show_draws_it(path, capsys, tmp_path):
 
 
 def test_a_plan_for_another_model_is_refused_before_any_work():
-    from saccade.core.errors import PlanError
-
     plan = Plan.per_head(ModelShape(2, 32, 8), [[Assign((0,), "duo", {}, "cache")]] * 2)
     with pytest.raises(PlanError, match="layers"):
         attach(model_of(ModelShape(3, 32, 8)), plan)
+
+
+HOSTILE = {
+    "nothing": ("", "nothing in it"),
+    "no heads": ("[{}]", "there is none"),
+    "a head id too large": ('[{"1000000": ["stream_llm", 1, 2, 3]}]', "1000000"),
+    "a head id in other digits": ('[{"\u00b2": ["stream_llm", 1, 2, 3]}]', "numbers up to 99999"),
+    "a pattern that is a list": ('[{"0": [["x"], 1, 2, 3]}]', "pattern one of"),
+    "an entry that is an object": ('[{"0": {"0": 1}}]', "pattern one of"),
+    "a gate that is no number": ("nan\t1\n", "not a number"),
+    "words": ("hello world\n", "begins with"),
+    "rows of different lengths": ("1 2\n1\n", "one row per layer"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_in_words(name, tmp_path):
+    text, says = HOSTILE[name]
+    (tmp_path / "given.json").write_text(text, encoding="utf-8")
+    with pytest.raises(PlanError, match=says) as found:
+        read_plan(str(tmp_path / "given.json"))
+    assert str(found.value).startswith(f"{tmp_path}") and len(str(found.value)) < 500
+
+
+def test_what_a_file_does_not_say_is_not_made_up(tmp_path):
+    """How query heads share key heads is known only once there is a model."""
+    (tmp_path / "a.json").write_text('[{"0": ["stream_llm", 1, 2, 3], "1": ["stream_llm", 1, 2, 3]}]')
+    (tmp_path / "a.tsv").write_text("0.5 0.1")
+    for name, shape in (("a.json", ModelShape(1, 2, 1)), ("a.tsv", ModelShape(1, 4, 2))):
+        assert "does not say" in read_plan(str(tmp_path / name)).note
+        assert "does not say" not in read_plan(str(tmp_path / name), shape).note

@@ -22,6 +22,7 @@ KEPT = (
     "Last token: each row is one head of one layer, the first layer at the top; each column is a part of the text. "
     "Dark is what the head reads when the last token is generated."
 )
+BLANK = "Nothing is drawn for heads whose method gives the answer itself: it shows no pattern."
 LAYER = (
     "Each row is an output token, each column an input token: how much the one depends on the other, the row's "
     "largest at full shade, in a layer with random weights."
@@ -44,13 +45,15 @@ def prefill_panel(trace: Trace, layer: int, head: int) -> tuple[str, Tensor]:
 
 
 def steps_panel(trace: Trace, layer: int, head: int) -> tuple[str, Tensor]:
-    """Generated tokens down, keys across, for one head."""
+    """Generated tokens down, keys across, for one head; blank as above."""
+    if layer not in trace.steps:
+        return f"layer {layer}, head {head}: no pattern to draw", torch.zeros(1, SIZE)
     return f"layer {layer}, head {head}", torch.stack([row[head] for row in trace.steps[layer]])
 
 
 def kept_panel(trace: Trace) -> tuple[str, Tensor]:
     """All layers and heads down, keys across, when the last token was generated."""
-    return "all heads, last token", trace.last_step()
+    return "all heads, last token" + ("" if trace.steps else ": no pattern to draw"), trace.last_step()
 
 
 def reading(trace: Trace, plan: Plan | None) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from saccade.core.table import METHODS, find
 from saccade.evaluate.metrics import wilson
-from saccade.evaluate.presets import CONTROLS, DENSE
+from saccade.evaluate.presets import CONTROLS, DENSE, windowed
 from saccade.evaluate.report.compare import Difference
 from saccade.evaluate.report.facts import (
     Faster,
@@ -25,6 +26,7 @@ from saccade.evaluate.report.folder import Folder
 from saccade.evaluate.report.words import percent, several, signed, tokens
 
 WINDOW = "streaming"
+FASTER = 1.05  # times as fast; less is no gain
 SAME = 0.03  # times and bytes that differ by less are called equal where no interval says more
 
 
@@ -68,22 +70,41 @@ def _gain(side: Side, dense: Side) -> tuple[float, str] | None:
     places = _longest(shared(side, dense))
     if not places:
         return None
-    first, step = faster(side, dense, places), faster(side, dense, places, "tpot_s")
+    served = _served(side.method)
+    # the time of a phase that is left dense is no doing of the method
+    timed = [
+        (name, found)
+        for phase, name, key in (("prefill", "first token", "ttft_s"), ("decode", "further tokens", "tpot_s"))
+        if phase in served and (found := faster(side, dense, places, key)) is not None
+    ]
     kept = share_of(side, dense, places)
     parts = [
-        f"{name} {_times(found)} as fast" if found.times > 1 + SAME else f"{name} no faster"
-        for name, found in (("first token", first), ("further tokens", step))
-        if found is not None
+        f"{name} {_times(found)} as fast" if found.times >= FASTER else f"{name} no faster" for name, found in timed
     ]
     if kept is not None:
         parts.append(f"{percent(kept)} of the bytes of keys and values")
     density = average(side, places, "density")
     if density is not None:
         parts.append(f"{percent(density)} of the pairs read")
-    better = [found for found in (first, step) if found is not None and found.times > 1 + SAME]
+    better = [found.times for _, found in timed if found.times >= FASTER]
     if not better and (kept is None or kept > 1 - SAME):
         return None
-    return first.times if first else 0.0, f"{side.method} at {tokens(places[0][1])} tokens: {', '.join(parts)}."
+    return max(better, default=0.0), f"{side.method} at {tokens(places[0][1])} tokens: {', '.join(parts)}."
+
+
+def _served(name: str) -> set[str]:
+    """The phases that a method's name makes sparse; both for a plan file, of which the rows say no more."""
+    found: set[str] = set()
+    for part in name.split("+"):
+        method = part.partition("@")[0].strip()
+        if method not in METHODS:
+            return {"prefill", "decode"}
+        cls = find(method)
+        if "cache" not in cls.phases:
+            found |= {*cls.phases}
+        elif not cls.lossless:
+            found |= {"prefill", "decode"} if windowed(cls) else {"decode"}
+    return found
 
 
 def _times(found: Faster) -> str:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from saccade.evaluate.generate import Answer
     from saccade.evaluate.model import Loaded
 
+# prompts of a dialogue have a multiple of so many tokens, so that samples meet in a batch whatever their questions
+EVEN = 32
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -268,8 +271,8 @@ def pack(
     low, ids = least, body(least)
     if len(ids) > room:
         raise InputError(
-            f"no text of {target} tokens could be composed: the shortest has {len(front) + len(ids)}; ask for a longer "
-            "one, or fewer facts"
+            f"no text of {target} tokens could be composed: the shortest has {len(front) + len(ids)}; make the length "
+            f"about {len(ids) - room} tokens longer, or ask for fewer facts"
         )
     # the first size known to be too large, and how many tokens it takes
     high, over, tries = most + 1, 0, 0

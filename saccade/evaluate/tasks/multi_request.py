@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from saccade.core.errors import InputError
+from saccade.evaluate.dialogue import Dialogue, Ending, hold
 from saccade.evaluate.metrics import mean_score
-from saccade.evaluate.tasks.base import Outcome, Sample, Worded, check_counts, exact, pack, say, source
+from saccade.evaluate.tasks.base import EVEN, Outcome, Sample, Worded, check_counts, exact, pack, say, source
 from saccade.evaluate.tasks.haystack import books
 from saccade.evaluate.tasks.needle import draw_facts
 from saccade.reader.words import VALUES
@@ -27,7 +28,9 @@ class MultiRequest(Worded):
     The multi-request mode of SCBench (Li et al. 2024, arXiv 2412.10319, code: microsoft/MInference): a cache that many
     users share. What is thrown away while the text is read was chosen without the question, so a policy that needs to
     see it gains nothing here (`multi-turn` has the other mode). Score: the share of the requests whose whole answer is
-    right; rows have each request apart, as `requests`.
+    right; rows have each request apart, as `requests`. What comes after the text is read token by token, so that each
+    request meets the method's decoding whatever its length, and samples can be read as a batch
+    (`saccade.evaluate.dialogue`).
 
     Args:
         requests: questions, each for another fact.
@@ -67,30 +70,42 @@ class MultiRequest(Worded):
             shared, asks[0] = asks[0], asks[0][-1:]
         # each request is by itself, so that the longest one decides
         room = length - len(shared) - max(map(len, asks)) - self.max_new_tokens
+        # of few lengths, whatever the questions, so that samples meet in a batch
+        room -= (room + len(shared)) % EVEN
         ids, _ = pack(
             tokenizer, room, lambda size: hay.body(size, facts, places), hay.least, hay.most, said["head"], slack=4
         )
         answers = tuple(values[: self.requests])
         return Sample([*ids, *shared], answers[0], self.max_new_tokens, places[0], questions[0], answers, tuple(asks))
 
-    @torch.inference_mode()
     def run(self, loaded: Loaded, cache: Callable[[int], Any], sample: Sample) -> Outcome:
-        from saccade.evaluate.generate import answer, now
+        return self.run_together(loaded, cache, [sample])[0]
 
-        shared = cache(len(sample.ids))
+    @torch.inference_mode()
+    def run_together(self, loaded: Loaded, cache: Callable[[int], Any], samples: Sequence[Sample]) -> list[Outcome]:
+        """Samples whose texts are of one length as one batch; token for token as each would be alone."""
+        from saccade.evaluate.generate import now, replies
+
+        shared = cache(len(samples[0].ids))
         started = now(loaded.device)
-        loaded.model(torch.tensor([sample.ids], device=loaded.device), past_key_values=shared, logits_to_keep=1)
+        texts = torch.tensor([one.ids for one in samples], device=loaded.device)
+        loaded.model(texts, past_key_values=shared, logits_to_keep=1)
         read = now(loaded.device) - started
-        found = []
-        for at, ids in enumerate(sample.turns):
+        asked, firsts = [], []
+        for at in range(len(samples[0].turns)):
             mine = copy.deepcopy(shared)
             if self.asked and at == 0:
                 mine.crop(-1)
-            found.append(answer(loaded, ids, mine, max_new_tokens=sample.max_new_tokens, least=1))
-        scores = [exact(one.text, want) for one, want in zip(found, sample.answers, strict=True)]
-        # the times are those of the first request, whoever asks it also waits for the text to be read
-        first = replace(found[0], ttft_s=read + (found[0].ttft_s or 0.0))
-        return Outcome(sum(scores) / len(scores), first, {"requests": scores})
+            rows = [Dialogue([one.turns[at]], Ending.of(loaded, one.max_new_tokens), at_once=1) for one in samples]
+            # the times are those of the first request; whoever asks it also waits for the text to be read
+            clock = [now(loaded.device) - read, *hold(loaded, rows, mine)]
+            firsts = firsts or replies(rows, clock, mine)
+            asked.append(rows)
+        found = []
+        for sample, first, *rows in zip(samples, firsts, *asked, strict=True):
+            scores = [exact(row.texts[0], want) for row, want in zip(rows, sample.answers, strict=True)]
+            found.append(Outcome(sum(scores) / len(scores), first, {"requests": scores}))
+        return found
 
     def summary(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         score = mean_score([outcome.score for outcome in outcomes])

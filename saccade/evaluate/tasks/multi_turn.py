@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from saccade.core.errors import InputError
+from saccade.evaluate.dialogue import Dialogue, Ending, hold
 from saccade.evaluate.metrics import mean_score
-from saccade.evaluate.tasks.base import Outcome, Sample, Worded, check_counts, exact, pack, say, source
+from saccade.evaluate.tasks.base import EVEN, Outcome, Sample, Worded, check_counts, exact, pack, say, source
 from saccade.evaluate.tasks.haystack import books
 from saccade.evaluate.tasks.needle import draw_facts
 from saccade.reader.words import VALUES
@@ -24,7 +25,9 @@ class MultiTurn(Worded):
     The multi-turn mode of SCBench (Li et al. 2024, arXiv 2412.10319, code: microsoft/MInference). All turns share one
     cache: a policy that keeps what the first question looks at answers that one and not the others. Score: the share of
     the turns whose whole answer is right; rows have each turn apart, as `turns`, the first one first. The dialogue goes
-    on with what the model said, right or wrong.
+    on with what the model said, right or wrong. What comes after the text is read token by token, the later questions
+    too, so that they meet the method's decoding whatever their length, and samples can be read as a batch
+    (`saccade.evaluate.dialogue`).
 
     Args:
         turns: questions, each for another fact.
@@ -61,21 +64,27 @@ class MultiTurn(Worded):
             return hay.body(size, facts, places) + "\n\n" + questions[0]
 
         room = length - self.turns * self.max_new_tokens - sum(map(len, later))
-        ids, _ = pack(tokenizer, room, compose, hay.least, hay.most, said["head"], slack=4)
+        # of few lengths, whatever the questions, so that samples meet in a batch
+        ids, _ = pack(tokenizer, room - room % EVEN, compose, hay.least, hay.most, said["head"], slack=4)
         answers = tuple(values[: self.turns])
         return Sample(ids, answers[0], self.max_new_tokens, places[0], questions[0], answers, later)
 
     def run(self, loaded: Loaded, cache: Callable[[int], Any], sample: Sample) -> Outcome:
-        from saccade.evaluate.generate import answer
+        return self.run_together(loaded, cache, [sample])[0]
 
-        shared = cache(len(sample.ids))
-        found = [
-            answer(loaded, ids, shared, max_new_tokens=sample.max_new_tokens, least=1)
-            for ids in (sample.ids, *sample.turns)
-        ]
-        scores = [exact(one.text, want) for one, want in zip(found, sample.answers, strict=True)]
+    def run_together(self, loaded: Loaded, cache: Callable[[int], Any], samples: Sequence[Sample]) -> list[Outcome]:
+        """Samples whose texts are of one length as one batch; token for token as each would be alone."""
+        from saccade.evaluate.generate import now, replies
+
+        rows = [Dialogue((one.ids, *one.turns), Ending.of(loaded, one.max_new_tokens)) for one in samples]
+        shared = cache(len(samples[0].ids))
+        clock = [now(loaded.device), *hold(loaded, rows, shared)]
+        found = []
         # the times are those of the first turn, which reads the text
-        return Outcome(sum(scores) / len(scores), found[0], {"turns": scores})
+        for row, sample, first in zip(rows, samples, replies(rows, clock, shared), strict=True):
+            scores = [exact(text, want) for text, want in zip(row.texts, sample.answers, strict=True)]
+            found.append(Outcome(sum(scores) / len(scores), first, {"turns": scores}))
+        return found
 
     def summary(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         score = mean_score([outcome.score for outcome in outcomes])
