@@ -25,6 +25,8 @@ DENSE = "dense"
 CONTROLS = ("dense", "oracle", "random", "streaming")
 TITLES = {"needle": "needle", "niah-multikey": "multi-key", "kv": "key-value", "multi-turn": "multi-turn"}
 NEAR, CHEAP = 0.02, 0.2  # what counts as like dense, and as cheap
+EVERY, MEAN, UNLIKE = "every", "mean", "unlike"
+PREFILL, LATER = "prefill", "decode or cache"
 KINDS = ("control", "prefill", "decode", "prefill, decode", "cache")
 
 Row = dict[str, Any]
@@ -123,20 +125,21 @@ def kind(method: str) -> str:
     return "control" if method in CONTROLS else ", ".join(phases(method)) or "plan"
 
 
-def cost(rows: Sequence[Row], dense: Sequence[Row], method: str) -> float | None:
-    """The dearest of what a method saves on, as a share of dense: pairs scored, bytes read, bytes held."""
-    found = []
+def costs(rows: Sequence[Row], dense: Sequence[Row], method: str) -> dict[str, float]:
+    """What a method saves, as shares of dense: pairs scored in prefill; of bytes read and held the dearer share."""
+    found: dict[str, float] = {}
     served = phases(method)
-    if "prefill" in served:
-        found.append(mean(rows, "density"))
-    if "decode" in served:
-        read_share = share(rows, dense, "read_bytes")
+    pairs, read = mean(rows, "density"), share(rows, dense, "read_bytes")
+    if "prefill" in served and pairs is not None:
+        found[PREFILL] = pairs
+    later = [read] if set(served) & {"decode", "cache"} else []
+    if read is None and served == ("decode",):
         # a plan for decoding alone has its density there
-        found.append(mean(rows, "density") if read_share is None and "prefill" not in served else read_share)
+        later = [pairs]
     if "cache" in served:
-        found += [share(rows, dense, "kv_bytes"), share(rows, dense, "read_bytes")]
-    known = [value for value in found if value is not None]
-    return max(known) if known else None
+        later.append(share(rows, dense, "kv_bytes"))
+    known = [value for value in later if value is not None]
+    return found | ({LATER: max(known)} if known else {})
 
 
 def mean(rows: Iterable[Row], name: str) -> float | None:
@@ -153,10 +156,11 @@ def share(rows: Sequence[Row], dense: Sequence[Row], name: str) -> float | None:
     return fmean(values) if values else None
 
 
-def like_dense(rows: Sequence[Row], dense: Sequence[Row]) -> bool:
-    """No task of dense is missing, and none is more than 2 points below it."""
+def likeness(rows: Sequence[Row], dense: Sequence[Row]) -> str:
+    """Like dense in EVERY task, in their MEAN, or UNLIKE; a task that is missing is lost."""
     mine = {row["task"]: row["score"] for row in rows}
-    return all(mine.get(row["task"], -1.0) >= row["score"] - NEAR - 1e-9 for row in dense)
+    lost = [row["score"] - mine.get(row["task"], -1.0) for row in dense]
+    return EVERY if max(lost) <= NEAR + 1e-9 else MEAN if fmean(lost) <= NEAR + 1e-9 else UNLIKE
 
 
 def page(
@@ -174,11 +178,13 @@ def page(
         parts += [f"Not run here: {', '.join(f'`{name}`' for name in absent)}.", ""]
     fewest = min((row["n"] for row in plain if row.get("n")), default=0)
     parts += [
-        f"Like dense: no more than {NEAR * 100:.0f} points below dense attention in any task ({', '.join(tasks)}). "
+        f"Like dense: no more than {NEAR * 100:.0f} points below dense attention, in each of the tasks "
+        f"({', '.join(tasks)}) or in their mean. "
         + (f"With {fewest} samples a task one sample is {100 / fewest:.1f} points. " if fewest else "")
-        + "The cost in brackets is the share of query-key pairs that a prefill scores, choosing included; the share of "
-        "the cache's bytes that a decoding step reads; the share of its bytes that are held: where several count, "
-        "the dearest. Where bytes read were not measured, the density of decoding stands for them.",
+        + "The cost in brackets: for prefill the share of query-key pairs that are scored, choosing included; for "
+        "decoding and caches the share of the cache's bytes that a step reads, or of its bytes that are held, "
+        "whichever is dearer. Whoever saves on both stands in both, if both are cheap. Where bytes read were not "
+        "measured, the density of decoding stands for them.",
         "",
     ]
     for length in lengths:
@@ -198,29 +204,34 @@ def page(
 
 
 def summary(found: dict[str, list[Row]], length: int) -> list[str]:
-    """Who is like dense at a fifth of its cost, by what it saves on."""
+    """Who is like dense at a fifth of its cost, by what it saves on; who serves both stands in both."""
     if DENSE not in found:
         return [f"At {length} tokens dense attention was not measured.", ""]
     dense = found[DENSE]
-    groups: dict[str, list[tuple[float, str]]] = {"prefill": [], "decode or cache": []}
-    dearer, unlike = [], []
-    for method, rows in found.items():
-        served, price = phases(method), cost(rows, dense, method)
-        if method in CONTROLS or not served or price is None:
-            continue
-        if not like_dense(rows, dense):
-            unlike.append((price, method))
-        elif price > CHEAP:
-            dearer.append((price, method))
-        else:
-            # what is sparse in prefill stands there, whatever else it does
-            groups["prefill" if "prefill" in served else "decode or cache"].append((price, method))
     lines = [f"**{length} tokens.** Like dense at {CHEAP:.2f} of its cost or less:", ""]
-    for name, members in groups.items():
-        lines.append(f"- {name}, {len(members)}: {_priced(members)}")
-    lines += [f"- like dense, but dearer, {len(dearer)}: {_priced(dearer)}"]
-    lines += [f"- not like dense, {len(unlike)}: {_priced(unlike)}", ""]
-    return lines
+    rest: dict[str, dict[str, float]] = {
+        "like dense, but dearer": {},
+        "not like dense": {},
+        "not run in every task": {},
+    }
+    for side in (PREFILL, LATER):
+        cheap: dict[str, dict[str, float]] = {EVERY: {}, MEAN: {}}
+        for method, rows in found.items():
+            prices, near = costs(rows, dense, method), likeness(rows, dense)
+            if method in CONTROLS or side not in prices:
+                continue
+            if len(rows) < len(dense) and near == UNLIKE:
+                rest["not run in every task"][method] = max(prices.values())
+            elif near == UNLIKE:
+                rest["not like dense"][method] = max(prices.values())
+            elif max(prices.values()) > CHEAP:
+                rest["like dense, but dearer"][method] = max(prices.values())
+            else:
+                cheap[near][method] = prices[side]
+        lines.append(f"- {side}, {len(cheap[EVERY])} in every task: {_priced(cheap[EVERY])}")
+        if cheap[MEAN]:
+            lines.append(f"- {side}, {len(cheap[MEAN])} more over the tasks together: {_priced(cheap[MEAN])}")
+    return [*lines, *(f"- {name}, {len(members)}: {_priced(members)}" for name, members in rest.items() if members), ""]
 
 
 def table(found: dict[str, list[Row]], length: int, tasks: Sequence[str]) -> list[str]:
@@ -330,8 +341,8 @@ def _rank(method: str) -> int:
     return KINDS.index(name) if name in KINDS else len(KINDS)
 
 
-def _priced(members: Sequence[tuple[float, str]]) -> str:
-    return ", ".join(f"`{name}` ({price:.2f})" for price, name in sorted(members)) or "none"
+def _priced(members: dict[str, float]) -> str:
+    return ", ".join(f"`{name}` ({price:.2f})" for price, name in sorted((p, n) for n, p in members.items())) or "none"
 
 
 def _score(row: Row | None) -> str:
