@@ -60,7 +60,7 @@ def later(plan: Plan) -> list[str]:
         >>> later(Plan.uniform(ModelShape(1, 2, 2), prefill="trishape", cache="duo"))
         ['dense in heads 0-1 of layers 0, over what duo keeps: trishape cannot read that']
     """
-    from saccade.methods.apply import later_prompts
+    from saccade.methods.later import later_prompts
 
     return [entry.text() for entry in later_prompts(plan)]
 

@@ -44,14 +44,14 @@ class HeadMeter(Meter):
             return
         call, phase = seen.call, glance.phase
         mine = [self._heads.setdefault((phase, call.layer, head), Sums()) for head in call.heads]
-        self._later.add(glance.pairs, partial(_add_pairs, mine, 0.0 if math.isnan(seen.estimate) else seen.estimate))
-        self._later.add(glance.allowed, partial(_add_allowed, mine))
+        self._deferred.add(glance.pairs, partial(_add_pairs, mine, 0.0 if math.isnan(seen.estimate) else seen.estimate))
+        self._deferred.add(glance.allowed, partial(_add_allowed, mine))
         if self.mass:
-            self._later.add(self._layers[phase, call.layer].mass[-1].mean((0, 2)), partial(_add_mass, mine))
+            self._deferred.add(self._layers[phase, call.layer].mass[-1].mean((0, 2)), partial(_add_mass, mine))
 
     def grid(self, phase: str, what: str, layers: int, heads: int) -> list[list[float | None]] | None:
         """Layers down, heads across, "density" or "mass"; None where nothing was seen."""
-        self._later.settle()
+        self._deferred.settle()
         rows = [[self._value(phase, what, layer, head) for head in range(heads)] for layer in range(layers)]
         return rows if any(value is not None for row in rows for value in row) else None
 

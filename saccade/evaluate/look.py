@@ -46,7 +46,7 @@ class Look(HeadMeter):
 
     def error(self, phase: str, layer: int | None = None, head: int | None = None) -> float | None:
         """Relative L2 error of the outputs, the mean over layers and heads; None where nothing was seen."""
-        self._later.settle()
+        self._deferred.settle()
         found = [
             math.sqrt(difference / dense) if dense else math.inf if difference else 0.0
             for (p, at, h), (difference, dense) in self._errors.items()
@@ -56,7 +56,7 @@ class Look(HeadMeter):
 
     def step_bytes(self) -> float | None:
         """Bytes read per decoded token, over all layers; None where a method does not say or nothing was decoded."""
-        self._later.settle()
+        self._deferred.settle()
         if not self._read or any(math.isnan(size) for size, _ in self._read.values()):
             return None
         return self.beside + sum(size / tokens for size, tokens in self._read.values())
@@ -77,11 +77,11 @@ class Look(HeadMeter):
         super()._take(glance)
         if seen.o is not None:
             mine = [self._errors.setdefault((glance.phase, call.layer, head), [0.0, 0.0]) for head in call.heads]
-            self._later.add(self._compare(seen), partial(_add_norms, mine))
+            self._deferred.add(self._compare(seen), partial(_add_norms, mine))
         if glance.phase == "decode":
             read = self._read.setdefault((call.layer, call.heads), [0.0, 0.0])
             read[1] += call.shape.N
-            self._later.add(bytes_of(seen, None if seen.pattern is None else glance.mask), partial(_add_bytes, read))
+            self._deferred.add(bytes_of(seen, None if seen.pattern is None else glance.mask), partial(_add_bytes, read))
 
     def _mass(self, glance: Glance) -> Tensor:
         seen = glance.seen
@@ -99,10 +99,10 @@ class Look(HeadMeter):
         else:
             self._all[at] = torch.cat((old[0], new[0]), 2), torch.cat((old[1], new[1]), 2)
         check = partial(_check_seen, call.layer, self._all[at][0].shape[2])
-        self._later.add(float(call.shape.M - 1) if call.q_pos is None else call.q_pos[0, -1], check)
+        self._deferred.add(float(call.shape.M - 1) if call.q_pos is None else call.q_pos[0, -1], check)
         if old is None and call.q_pos is not None:
             # a store that has already dropped something: better told before the model runs on
-            self._later.settle()
+            self._deferred.settle()
 
     def _compare(self, seen: Seen) -> Tensor:
         """Squared norms of (output - dense) and of dense, [H, 2]."""

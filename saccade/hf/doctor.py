@@ -18,7 +18,8 @@ from saccade.core.plan import Plan
 from saccade.hf.attach import Session, attach
 from saccade.hf.cache import cache_bytes
 from saccade.hf.meter import Meter
-from saccade.methods.apply import ASIDE, PACKED, Seen, later_prompts, phase_of, ranges
+from saccade.methods.apply import ASIDE, PACKED, Seen, phase_of
+from saccade.methods.later import later_prompts, ranges
 
 DENSE = 0.995  # of all pairs; a layer above that is called dense
 LATER = 2 * PACKED  # tokens of the probe's second prompt

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.core.call import Call
 from saccade.core.pattern import Full, Pattern, per_head
-from saccade.hf.later import Later
+from saccade.hf.deferred import Deferred
 from saccade.methods.apply import Seen, phase_of
 
 ROWS = 64  # queries at the end of a call for which the kept mass is measured: its cost is ROWS x M
@@ -84,12 +84,12 @@ class Meter:
     mass: bool = True
     keep: bool = False
     _layers: dict[tuple[str, int], Layer] = field(default_factory=dict, init=False, repr=False)
-    _later: Later = field(default_factory=Later, init=False, repr=False)
+    _deferred: Deferred = field(default_factory=Deferred, init=False, repr=False)
 
     @property
     def layers(self) -> dict[tuple[str, int], Layer]:
         """The sums by phase and layer."""
-        self._later.settle()
+        self._deferred.settle()
         return self._layers
 
     def __call__(self, seen: Seen) -> None:
@@ -124,11 +124,11 @@ class Meter:
         if seen.pattern is None:
             if not math.isnan(seen.estimate):
                 layer.whole += seen.estimate
-                self._later.add(glance.allowed, partial(layer.add, "allowed"))
+                self._deferred.add(glance.allowed, partial(layer.add, "allowed"))
             return
         layer.estimate += seen.estimate
-        self._later.add(glance.pairs, partial(layer.add, "pairs"))
-        self._later.add(glance.allowed, partial(layer.add, "allowed"))
+        self._deferred.add(glance.pairs, partial(layer.add, "pairs"))
+        self._deferred.add(glance.allowed, partial(layer.add, "allowed"))
         if self.mass:
             layer.mass.append(self._mass(glance))
         if self.keep:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,79 +86,6 @@ def reads(method: Attention, call: Call, policy: CachePolicy | None, bias: Tenso
     # in steps of a fixed shape positions are given although nothing is missing
     holes = not call.contiguous and call.filled is None
     return not (holes and method.unbroken) and (policy is None or method.ready(call))
-
-
-class Later(NamedTuple):
-    """Heads whose later prompts a policy serves, dense over what it keeps, once it has dropped or moved something.
-
-    Args:
-        method: their method in prefill, by its name in the plan.
-        policy: the policy's name.
-        heads: query heads by layer.
-
-    Example:
-        >>> Later("minference", "snapkv", {1: (0, 1), 2: (0, 1), 3: (0, 1)}).text()
-        'dense in heads 0-1 of layers 1-3, over what snapkv keeps: minference cannot read that'
-    """
-
-    method: str
-    policy: str
-    heads: dict[int, tuple[int, ...]]
-
-    def text(self) -> str:
-        """For a person, behind "later prompts"."""
-        alike = set(self.heads.values())
-        which = f"heads {ranges(alike.pop())}" if len(alike) == 1 else "some heads"
-        where = f"{which} of layers {ranges(self.heads)}"
-        return f"dense in {where}, over what {self.policy} keeps: {self.method} cannot read that"
-
-
-def later_prompts(plan: Plan) -> list[Later]:
-    """What a plan's methods cannot read of later prompts: see `reads`.
-
-    Example:
-        >>> from saccade.core.plan import ModelShape
-        >>> later_prompts(Plan.uniform(ModelShape(2, 4, 2), prefill="minference", cache="snapkv"))
-        [Later(method='minference', policy='snapkv', heads={0: (0, 1, 2, 3), 1: (0, 1, 2, 3)})]
-        >>> later_prompts(Plan.uniform(ModelShape(2, 4, 2), prefill="streaming", cache="snapkv"))
-        []
-    """
-    found: dict[tuple[str, str], dict[int, tuple[int, ...]]] = {}
-    share = plan.model.heads // plan.model.kv_heads
-    for layer in range(plan.model.layers):
-        for kept in plan.phase(layer, "cache"):
-            policy, kv = kept.build(), range(plan.model.kv_heads) if kept.heads is None else kept.heads
-            held = {h * share + i for h in kv for i in range(share)}
-            for assign in plan.phase(layer, "prefill"):
-                both = held if assign.heads is None else held.intersection(assign.heads)
-                if both and _is_left_out(assign.build(), policy):
-                    heads = found.setdefault((assign.method, kept.method), {})
-                    heads[layer] = tuple(sorted({*heads.get(layer, ()), *both}))
-    return [Later(method, policy, heads) for (method, policy), heads in found.items()]
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Ascending numbers for a person.
-
-    Example:
-        >>> ranges([0, 1, 2, 5]), ranges([])
-        ('0-2, 5', 'none')
-    """
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
-
-
-def _is_left_out(method: Attention, policy: CachePolicy) -> bool:
-    """`reads`, turned round, for what is going to happen: something was dropped, folded or moved."""
-    if policy.lossless:
-        return not method.reads_far
-    folds = type(policy).fold is not CachePolicy.fold
-    return method.unbroken or (folds and not isinstance(method, Selector))
 
 
 def apply(

@@ -1,4 +1,4 @@
-"""Later: numbers that a device has not worked out yet, fetched all in one go when somebody asks for them."""
+"""Deferred: numbers that a device has not worked out yet, fetched all in one go when somebody asks for them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ Take = Callable[[list[float]], None]
 MOST = 8192  # tensors that wait at a time
 
 
-class Later:
+class Deferred:
     """Holds tensors until their numbers are wanted.
 
     Reading one number of a GPU makes the host wait until all before it is done. Whoever watches a model in every layer
     and step leaves its tensors here instead: that waits for nothing, and `settle` is one wait for each device.
 
     Example:
-        >>> later, found = Later(), []
-        >>> later.add(torch.tensor([1, 2]), found.extend)
+        >>> waiting, found = Deferred(), []
+        >>> waiting.add(torch.tensor([1, 2]), found.extend)
         >>> found
         []
-        >>> later.settle()
+        >>> waiting.settle()
         >>> found
         [1.0, 2.0]
     """
