@@ -1,8 +1,9 @@
-"""The reader's Quest plan, `data/plans/quest.json`: small pages in the layer that looks up, larger ones before it.
+"""The reader's Quest plan, `data/plans/quest.json`: the layer that looks up is dense, as the paper's first two are.
 
 Run `python -m saccade.recipe.quest --out DIR`; nothing is fitted. In the reader's last layer a query answers to single
-keys among others that are nothing to it, so that only the bounds of small pages tell one from another; the layers
-before it ask for whole neighbourhoods. Query heads that share keys read the same pages.
+keys among others that are nothing to it, and the bounds of pages tell them apart only where pages are small and many
+are read. The layers before it ask for whole neighbourhoods: large pages and few keys serve them, the same ones for the
+query heads that share keys.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ from pathlib import Path
 from saccade.core.plan import Assign, ModelShape, Plan
 from saccade.recipe.model import Shape
 
-ARGS = {"budget": {"base": 256, "slope": 1 / 16}, "block_k": 16, "first": 0, "together": True}
-LOOKS_UP = 4  # slots in a page of the last layer
+ARGS = {"budget": {"base": 256, "slope": 1 / 64}, "block_k": 32, "first": 0, "together": True}
 
 
 def quest() -> Plan:
-    """Pages of 16, in the last layer of 4; a sixteenth of the keys."""
+    """Pages of 32 in all layers but the last."""
     shape = Shape()
     model = ModelShape(shape.layers, shape.heads, shape.kv_heads, "saccade-reader")
-    rows = [ARGS] * (shape.layers - 1) + [{**ARGS, "block_k": LOOKS_UP}]
-    plan = Plan.per_head(model, [(Assign(None, "quest", args, "decode"),) for args in rows])
-    return replace(plan, note="Quest, small pages in the last layer, from python -m saccade.recipe.quest")
+    before = [(Assign(None, "quest", ARGS, "decode"),)] * (shape.layers - 1)
+    plan = Plan.per_head(model, [*before, ()])
+    return replace(plan, note="Quest, last layer dense, from python -m saccade.recipe.quest")
 
 
 def main() -> None:
