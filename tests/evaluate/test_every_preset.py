@@ -2,7 +2,7 @@
 
 import math
 import re
-from functools import partial
+from functools import cache, partial
 
 import pytest
 
@@ -56,17 +56,12 @@ def reader():
 
 @pytest.fixture(scope="module")
 def row_of(reader, tmp_path_factory):
-    """The row of a cell; all of its task and speed are measured together when the first of them is asked for."""
-    made = {}
+    """The row of a cell."""
 
+    @cache
     def of(task, name):
-        if (task, name) not in made:
-            group = next(cells for cells in (QUICK, SLOW) if (task, name) in cells)
-            names = tuple(other for where, other in group if where == task)
-            ask = Ask(READER, names, (task,), (LENGTH,), samples=1)
-            rows = run(reader, ask, tmp_path_factory.mktemp("sweep"))
-            made.update({(task, row["method"]): row for row in rows})
-        return made[task, name]
+        ask = Ask(READER, (name,), (task,), (LENGTH,), samples=1)
+        return run(reader, ask, tmp_path_factory.mktemp("sweep"))[0]
 
     return of
 
