@@ -25,6 +25,7 @@ NONE = float("-inf")
 NEED = ("graph", "faiss-nsg")  # kinds that are drawn by queries
 LEARN = (*NEED, "lists")  # kinds that learn from them
 QUEUES = (*NEED, "faiss-hnsw")  # kinds with a queue
+PROBES = ("lists", "faiss-ivf")  # kinds with clusters
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class RetrievalAttention(Selector):
             keys in seconds), "flat" (exact), or faiss's "faiss-flat", "faiss-ivf",
             "faiss-hnsw", "faiss-nsg".
         queue: keys that a graph's search keeps in sight; more find more and scan more.
+        probes: clusters whose keys a query scans, for "lists" and "faiss-ivf"; None = as the index has it.
         learn: queries of a prompt that are kept for the graph, for each head.
         refresh: tokens beyond the index at which it is built anew.
         wait: the first step waits for the index, so that each run gives the same numbers.
@@ -81,12 +83,20 @@ class RetrievalAttention(Selector):
     near: int = 512
     kind: str = "graph"
     queue: int = 128
+    probes: int | None = None
     learn: int = 2048
     refresh: int = 4096
     wait: bool = False
 
     def __post_init__(self) -> None:
         check_ints(self, budget=1, sink=0, near=1, queue=1, learn=1, refresh=1)
+        if self.probes is not None:
+            check_ints(self, probes=1)
+            if self.kind not in PROBES:
+                raise InputError(
+                    f"RetrievalAttention: kind {self.kind!r} has no clusters to probe; leave probes out, or take "
+                    f"one of {', '.join(PROBES)}"
+                )
         if self.budget <= self.sink + self.near:
             raise InputError(
                 f"RetrievalAttention: a budget of {self.budget} leaves nothing to retrieve beside sink {self.sink} and "
@@ -211,7 +221,8 @@ class RetrievalAttention(Selector):
             return None
         covered = 0 if made is None else made.covers
         if coming is None and (made is None or length - covered >= self.refresh):
-            arguments = {"queue": self.queue} if self.kind in QUEUES else {}
+            known = {"queue": self.queue if self.kind in QUEUES else None, "probes": self.probes}
+            arguments = {name: value for name, value in known.items() if value is not None}
             coming = Indices(self.kind, keys(length), queries if learns else None, arguments, length, rows)
         if coming is not None and self.wait:
             coming.wait()

@@ -253,6 +253,8 @@ def test_generates_with_the_reader():
         ({"near": 0}, "near"),
         ({"kind": "grahp"}, "did you mean 'graph'"),
         ({"queue": 0}, "queue"),
+        ({"kind": "lists", "probes": 0}, "probes"),
+        ({"kind": "flat", "probes": 8}, "has no clusters to probe"),
         ({"refresh": 0}, "refresh"),
     ],
 )
@@ -261,6 +263,26 @@ def test_bad_arguments(args, said):
         RetrievalAttention(**args)
     with pytest.raises(PlanError, match=said):
         build("retrieval", args)
+
+
+def test_all_clusters_probed_is_exact_and_few_scan_less():
+    # the list of wanted keys, always scanned, takes 1024 of them
+    q, k = (t[0] for t in stream(4000, layers=1)[:2])
+
+    def read(kind, probes):
+        method = RetrievalAttention(budget=40, sink=3, near=12, kind=kind, probes=probes, wait=True)
+        memory = {}
+        past = [t[:, :, :-1] for t in (q, k)]
+        method.prompt(*past, Call.of(*past, memory=memory))
+        call = Call.of(q[:, :, -1:], k, memory=memory)
+        chosen = method.select(q[:, :, -1:], k, call).parts[1].index.sort(-1).values
+        return chosen, method.estimate(call)
+
+    exact, whole = read("flat", None)
+    same, all_of_them = read("lists", 4000)
+    fewer, some = read("lists", 2)
+    torch.testing.assert_close(same, exact)
+    assert some < 0.5 * all_of_them and some < 0.5 * whole and not torch.equal(fewer, exact)
 
 
 def test_a_budget_above_the_length_is_dense():
