@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.cache.store import Keeper, Store
+from saccade.cache.group import Keeper
+from saccade.cache.store import Store
 from saccade.core.call import Filled
 from saccade.core.errors import UnsupportedError
 from saccade.core.lasting import lasting

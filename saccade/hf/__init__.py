@@ -1,1 +1,1 @@
-"""Plug into Hugging Face transformers through its public hooks: attach, cache, mask, doctor."""
+"""Plug into Hugging Face transformers through its public hooks: attach, interface, serve, cache, doctor."""

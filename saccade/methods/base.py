@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saccade.cache.store import Fold
+from saccade.cache.group import Fold
 from saccade.core.call import Call
 from saccade.core.errors import InputError
 from saccade.core.pattern import Full, Pattern, per_head

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from saccade.cache.store import ROOM
+from saccade.cache.group import ROOM
 from saccade.core.call import Call
 from saccade.core.errors import UnsupportedError
 from saccade.core.pattern import Full

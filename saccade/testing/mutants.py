@@ -11,7 +11,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from saccade.cache.store import Group, Store
+from saccade.cache.group import Group
+from saccade.cache.store import Store
 from saccade.core.call import Call
 from saccade.core.pattern import Full, Pattern, Tokens, Union, Window, per_head
 from saccade.kernels.attend import tiled

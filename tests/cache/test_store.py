@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from saccade.cache.store import DRAFT, ROOM, Fold, Group, Store, View, call_for
+from saccade.cache.group import ROOM, Fold, Group, View
+from saccade.cache.store import DRAFT, Store, call_for
 from saccade.core.errors import InputError
 from saccade.methods.policy.duo import DuoAttention
 

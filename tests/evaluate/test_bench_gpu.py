@@ -135,10 +135,10 @@ def test_a_whole_model_that_answers_otherwise_times_nothing(monkeypatch):
     model = bench_e2e.build(shape, 300, torch.float32, "cpu")
     ids = torch.randint(100, (1, 50))
     bench_e2e.check(model, ids)
-    from saccade.hf import attach as hooks
+    from saccade.hf import serve
 
-    real = hooks.apply
-    monkeypatch.setattr(hooks, "apply", lambda *args, **more: real(*args, **more) * 1.01)
+    real = serve.apply
+    monkeypatch.setattr(serve, "apply", lambda *args, **more: real(*args, **more) * 1.01)
     with pytest.raises(SaccadeError, match="answers otherwise"):
         bench_e2e.check(model, ids)
 

@@ -9,7 +9,8 @@ from saccade.core.errors import PlanError, SaccadeError
 from saccade.evaluate import bench_tokens
 from saccade.evaluate.bench_e2e import Shape, build
 from saccade.evaluate.bench_tokens import FILL, decode_plan, filled, made_up, token_rows
-from saccade.hf import attach as hooks
+from saccade.hf import serve
+from saccade.hf.attach import attach
 
 SHAPE = Shape(layers=4, width=64, inner=64, heads=4, kv_heads=2, vocabulary=100)
 LENGTH = 1500
@@ -65,7 +66,7 @@ def test_steps_of_several_kinds_are_weighed_by_how_often_they_come(rows):
 def test_a_cache_is_filled_as_a_prompt_would_fill_it():
     model = build(SHAPE, 600, torch.float32, "cpu")
     text = list(made_up(SHAPE, 600, torch.float32, "cpu"))
-    with hooks.attach(model, decode_plan("duo", model, 600)) as session:
+    with attach(model, decode_plan("duo", model, 600)) as session:
         cache = filled(session, text)
         assert cache.get_seq_length() == 600
         k, v, pos = cache.materialize(2, 1)
@@ -83,7 +84,7 @@ def test_only_what_decodes_is_planned():
 
 
 def test_a_model_that_answers_otherwise_times_nothing(monkeypatch):
-    real = hooks.apply
-    monkeypatch.setattr(hooks, "apply", lambda *args, **more: real(*args, **more) * 1.01)
+    real = serve.apply
+    monkeypatch.setattr(serve, "apply", lambda *args, **more: real(*args, **more) * 1.01)
     with pytest.raises(SaccadeError, match="answers otherwise"):
         token_rows(600, ["dense"], torch.float32, "cpu", shape=SHAPE, tokens=4)

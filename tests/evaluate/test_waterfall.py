@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from saccade.cache.store import Group
+from saccade.cache.group import Group
 from saccade.core.clock import PARTS
 from saccade.core.errors import InputError
 from saccade.core.plan import Assign, Plan

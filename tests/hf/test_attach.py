@@ -499,10 +499,49 @@ def test_a_cache_policy_needs_our_cache(llama):
 
 
 def test_our_cache_without_a_session(llama):
+    """The first call says so: one that went through would have looked at its own tokens alone."""
+    with attach(llama, Plan.uniform(llama)) as session:
+        empty, filled = session.cache(), session.cache()
+        want = forward(llama, prompt(), session.cache(), (39,))
+        forward(llama, prompt()[:, :39], filled)
+    for cache, ids in ((empty, prompt()), (filled, prompt()[:, 39:])):
+        for _ in range(2):
+            with pytest.raises(UnsupportedError, match="attach"):
+                forward(llama, ids, cache)
+    # neither call has left anything behind
+    with attach(llama, Plan.uniform(llama)):
+        assert torch.equal(forward(llama, prompt()[:, 39:], filled), want[:, 39:])
+        assert torch.equal(forward(llama, prompt(), empty, (39,)), want)
+
+
+def test_a_call_that_was_refused_may_be_made_again_as_it_should_be(llama):
+    with attach(llama, Plan.uniform(llama)) as session:
+        cache, want = session.cache(), forward(llama, prompt(), session.cache(), (39,))
+        forward(llama, prompt()[:, :39], cache)
+        with pytest.raises(UnsupportedError, match="more than causality"), torch.no_grad():
+            llama(prompt()[:, 39:], past_key_values=cache, attention_mask=torch.zeros(1, 1, 1, 40))
+        assert torch.equal(forward(llama, prompt()[:, 39:], cache), want[:, 39:])
+
+
+def test_a_cache_that_a_call_left_half_filled_is_not_read(llama):
+    """Some layers would read the tokens of the call that broke off twice."""
     with attach(llama, Plan.uniform(llama)) as session:
         cache = session.cache()
-    with pytest.raises((UnsupportedError, InputError), match="attach"):
-        generate(llama, prompt(), cache)
+        forward(llama, prompt(), cache)
+
+        def stop(seen):
+            if seen.call.layer == 1:
+                raise KeyboardInterrupt
+
+        session.watch = stop
+        with pytest.raises(KeyboardInterrupt):
+            forward(llama, prompt(N=3, seed=1), cache)
+        session.watch = None
+        for _ in range(2):
+            with pytest.raises(InputError, match=r"layer 2 .*broke off"):
+                forward(llama, prompt(N=3, seed=1), cache)
+        cache.reset()
+        forward(llama, prompt(), cache)
 
 
 def test_plans_for_another_model(llama):

@@ -19,7 +19,7 @@ from saccade.core.call import Call
 from saccade.core.errors import UnsupportedError
 from saccade.core.pattern import Full, Window
 from saccade.core.plan import _named
-from saccade.hf import attach as module
+from saccade.hf import serve
 from saccade.hf.doctor import doctor
 from saccade.kernels.attend import attend
 from saccade.methods import apply as applied
@@ -289,7 +289,7 @@ def without_bias(q, k, v, pattern, call, key_bias=None, lse=True):
 
 FAULTS = [
     ("minference", applied, "reads", lambda *given: True, UnsupportedError),
-    ("minference", module, "call_for", as_if_whole, AssertionError),
+    ("minference", serve, "call_for", as_if_whole, AssertionError),
     ("minference", applied, "attend", without_bias, AssertionError),
     ("minference", DuoAttention, "pattern", lambda self, call: Full(), AssertionError),
     ("hip", DuoAttention, "pattern", lambda self, call: Window(2, 19), AssertionError),

@@ -43,7 +43,7 @@ def layout(
     replaced (the store had no room left), or its policy changes. While tokens are appended in place it stays valid.
 
     Args:
-        groups: for each group its kv heads, its tensors with all their room (as `cache.store.Group` holds them), int32
+        groups: for each group its kv heads, its tensors with all their room (as `cache.group.Group` holds them), int32
             positions [B,g,room] or None where slot = position, and what its query heads see: Full or Window of ints.
         share: query heads per kv head.
         queries: queries per call, 1 to 16.

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saccade.cache.store import DRAFT, Fold
+from saccade.cache.group import Fold
+from saccade.cache.store import DRAFT
 from saccade.core.call import Call
 from saccade.methods.base import CachePolicy, check_ints
 
