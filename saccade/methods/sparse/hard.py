@@ -24,7 +24,8 @@ class HardAttention(Selector):
     For every query the `budget` keys with the largest scores are kept, and the softmax runs over those. With
     `candidates` the exact scores are formed only for keys whose signs agree with the query's in the most channels,
     which hardware counts a bit at a time (of equal counts the earlier key comes first). Meant for layers where a few
-    keys decide and the others distract; a plan says which.
+    keys decide and the others distract; a plan says which, `saccade.fit.axformer.hard_layers` searches for it by the
+    loss, and `saccade.fit.axformer.prune` is the paper's other half, the parts that a model is no worse without.
 
     Args:
         budget: keys that a query reads: tokens, or a share of the keys below 1.0.
@@ -34,8 +35,7 @@ class HardAttention(Selector):
         q [B,H,N,D], k [B,G,M,D] -> Tokens [B,H,N,budget]
 
     Departs from the paper: decoders instead of classifiers, so a query has min(budget, keys seen so far) keys; signs
-        are multiplied as numbers here, which gives the same counts and saves nothing. Which layers to serve is not
-        searched.
+        are multiplied as numbers here, which gives the same counts and saves nothing.
 
     Example:
         >>> k = torch.tensor([3.0, 1.0, 2.0, 0.0]).view(1, 1, 4, 1)
