@@ -13,7 +13,8 @@ from saccade.core.call import Call
 from saccade.core.pattern import Full
 from saccade.core.plan import ModelShape, Plan
 from saccade.evaluate.tasks.needle import Needle
-from saccade.fit.axformer import Hard, elements, hard_layers, plan_of, prune, without
+from saccade.fit.axformer import Hard, hard_layers, plan_of, prune
+from saccade.fit.parts import elements, without
 from saccade.hf.attach import attach
 from saccade.methods.controls.random import Random
 from saccade.methods.select.streaming import Streaming

@@ -10,19 +10,9 @@ import transformers as tf
 from saccade import attach
 from saccade.core.errors import InputError, PlanError, UnsupportedError
 from saccade.core.plan import ModelShape
-from saccade.fit.axformer import (
-    Element,
-    Hard,
-    answer_loss,
-    elements,
-    greedy,
-    hard_layers,
-    parts,
-    plan_of,
-    prune,
-    remove,
-    without,
-)
+from saccade.fit.axformer import Hard, answer_loss, hard_layers, plan_of, prune
+from saccade.fit.greedy import greedy
+from saccade.fit.parts import Element, elements, parts, remove, without
 from saccade.nn import Attention, Transformer
 
 
