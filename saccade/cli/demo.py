@@ -95,7 +95,8 @@ def text_table(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     lines = [table(head, cells, "lrrrrrrrrr")]
-    lines.append("x: times as fast as dense. reads: measured density. mass: softmax weight on what is read.")
+    lines.append("x: times as fast as dense. reads: measured density, of decoding where prefill is dense.")
+    lines.append("mass: softmax weight on what the last 64 queries (or generated tokens) read, where it is known.")
     notes: dict[str, list[str]] = {}
     for row in rows:
         notes.setdefault(row["note"], []).append(row["method"])

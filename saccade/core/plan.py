@@ -61,7 +61,15 @@ class Assign:
     phase: str = "prefill"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.args, dict):
+            raise PlanError(f"{self.method}: args must be a dict of hyperparameters, got {str(self.args)[:60]!r}")
+        heads = self.heads
+        if heads is not None:
+            heads = tuple(heads) if isinstance(heads, Iterable) else (None,)
+            if any(isinstance(h, bool) or not isinstance(h, int) for h in heads):
+                raise PlanError(f"{self.method}: heads must be numbers of heads or None, got {str(self.heads)[:60]}")
         # as JSON gives it back
+        object.__setattr__(self, "heads", heads)
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.args.items()}
         object.__setattr__(self, "args", plain)
 
@@ -91,6 +99,7 @@ class Plan:
     note: str = ""
 
     def __post_init__(self) -> None:
+        _check_shape(self.model, "plan: model")
         if len(self.layers) != self.model.layers:
             raise PlanError(
                 f"plan: {len(self.layers)} layers are listed, but the model it names has {self.model.layers}"
@@ -98,6 +107,8 @@ class Plan:
         for at, layer in enumerate(self.layers):
             taken: dict[str, set[int]] = {phase: set() for phase in PHASES}
             for assign in layer:
+                if not isinstance(assign, Assign):
+                    raise PlanError(f"plan: layer {at}: a list of Assign is needed, got {str(assign)[:60]!r} in it")
                 _check_assign(assign, at, self.model, taken.get(assign.phase, set()))
 
     @classmethod
@@ -110,6 +121,9 @@ class Plan:
             model: a ModelShape, a Hugging Face model or config.
             prefill, decode, cache: a method (instance, name, or (name, args)), or None for dense and keep-all.
             skip: layers left dense.
+
+        Raises:
+            PlanError: no such method or layer, or a method that does not work there.
         """
         shape = ModelShape.of(model)
         given = [
@@ -118,12 +132,17 @@ class Plan:
             if method is not None
         ]
         row = tuple(Assign(None, *_named(method), phase) for phase, method in given)
-        left = set(skip)
+        left = set(skip) if isinstance(skip, Iterable) else {skip}
+        if not left <= set(range(shape.layers)) or not isinstance(skip, Iterable):
+            raise PlanError(f"plan: skip must be a list of layers in 0..{shape.layers - 1}, got {str(skip)[:60]}")
         return cls(shape, tuple(() if i in left else row for i in range(shape.layers)))
 
     @classmethod
     def per_head(cls, model: Any, assigns: Sequence[Sequence[Assign]], note: str = "") -> Plan:
         """From a list of assignments per layer."""
+        wrong = [row for row in assigns if isinstance(row, str) or not isinstance(row, Iterable)]
+        if wrong:
+            raise PlanError(f"plan: a list of Assign for each layer is needed, got {str(wrong[0])[:60]!r}")
         return cls(ModelShape.of(model), tuple(tuple(layer) for layer in assigns), note)
 
     def also(self, other: Plan) -> Plan:
@@ -171,18 +190,11 @@ class Plan:
         if extra:
             raise PlanError(f"{where}: unknown fields {sorted(extra)}")
         model = _typed(data.get("model"), dict, f"{where}: model")
-        try:
-            shape = ModelShape(**model)
-        except TypeError as error:
-            raise PlanError(f"{where}: model: {error}") from None
-        for name in ("layers", "heads", "kv_heads"):
-            if not 0 < _typed(getattr(shape, name), int, f"{where}: model.{name}") <= 1 << 16:
-                raise PlanError(f"{where}: model.{name} must be 1 to 65536, got {str(getattr(shape, name))[:60]}")
-        if shape.heads % shape.kv_heads:
-            raise PlanError(
-                f"{where}: model: {shape.heads} heads cannot share {shape.kv_heads} kv_heads; use a multiple"
-            )
-        _typed(shape.name, str, f"{where}: model.name")
+        given, known = set(model), {"layers", "heads", "kv_heads", "name"}
+        if given - known or known - given - {"name"}:
+            raise PlanError(f"{where}: model: has layers, heads, kv_heads and a name; got {sorted(given)}")
+        shape = ModelShape(**model)
+        _check_shape(shape, f"{where}: model")
         layers = []
         for at, row in enumerate(_typed(data.get("layers"), list, f"{where}: layers")):
             layers.append(
@@ -224,13 +236,28 @@ def _named(method: Any) -> tuple[str, dict[str, Any]]:
     """(name, args) of a method given as instance, name or pair."""
     if isinstance(method, str):
         return method, {}
-    if isinstance(method, tuple) and len(method) == 2:
+    if isinstance(method, tuple) and len(method) == 2 and isinstance(method[1], dict):
         return method[0], dict(method[1])
     if is_dataclass(method) and not isinstance(method, type):
         for name, place in METHODS.items():
             if place == f"{type(method).__module__}:{type(method).__qualname__}":
                 return name, asdict(method)
+        if hasattr(method, "phases"):
+            place = f"{type(method).__module__}:{type(method).__qualname__}"
+            raise PlanError(
+                f"{type(method).__name__} has no name that a plan could hold; give it one: "
+                f"saccade.core.table.METHODS['name'] = {place!r}"
+            )
     raise PlanError(f"{method!r} is neither a method, its name, nor (name, args)")
+
+
+def _check_shape(shape: ModelShape, where: str) -> None:
+    for name in ("layers", "heads", "kv_heads"):
+        if not 0 < _typed(getattr(shape, name), int, f"{where}.{name}") <= 1 << 16:
+            raise PlanError(f"{where}.{name} must be 1 to 65536, got {str(getattr(shape, name))[:60]}")
+    if shape.heads % shape.kv_heads:
+        raise PlanError(f"{where}: {shape.heads} heads cannot share {shape.kv_heads} kv_heads; use a multiple")
+    _typed(shape.name, str, f"{where}.name")
 
 
 def _check_assign(assign: Assign, at: int, model: ModelShape, taken: set[int]) -> None:
@@ -283,9 +310,10 @@ def _ruled(args: dict[str, Any]) -> bool:
 
 
 def _rule(method: str, key: str, value: Any, length: int) -> Any:
-    if isinstance(value, dict) and set(value) == {"method", "args"} and isinstance(value["args"], dict):
+    if isinstance(value, dict) and "method" in value and set(value) <= {"method", "args"}:
         # a wrapper's inner method
-        args = {k: _rule(str(value["method"]), k, v, length) for k, v in value["args"].items()}
+        inner = _typed(value.get("args", {}), dict, f"{method}: {key}: args")
+        args = {k: _rule(str(value["method"]), k, v, length) for k, v in inner.items()}
         return {"method": _typed(value["method"], str, f"{method}: {key}: method"), "args": args}
     numbers = list(value.values()) if isinstance(value, dict) else [value]
     if any(type(x) in (int, float) and abs(x) > LARGEST for x in numbers):

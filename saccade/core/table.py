@@ -44,10 +44,13 @@ METHODS: dict[str, str] = {
     "lightning": "saccade.methods.linear.lightning:LightningAttention",
 }
 
+PLAIN: dict[str, tuple[type, ...]] = {"bool": (bool,), "str": (str,), "str | None": (str, type(None))}
+
 
 def family(name: str) -> str:
-    """The room a method lives in: controls, select, decode, policy, sparse, linear."""
-    return _place(name).split(".")[2]
+    """The room a method lives in: controls, select, decode, policy, sparse, linear; "own" = not in this package."""
+    place = _place(name).split(".")
+    return place[2] if place[:2] == ["saccade", "methods"] else "own"
 
 
 def find(name: str) -> type:
@@ -78,6 +81,11 @@ def build(name: str, args: dict[str, Any] | None = None) -> Any:
     for key in args:
         if key not in known:
             raise PlanError(f"{name}: unknown argument {key!r}{_nearest(key, known)}; it takes {', '.join(known)}")
+    for f in fields(cls):
+        # numbers are checked by the method, which knows their range
+        kinds = PLAIN.get(str(f.type))
+        if kinds is not None and f.name in args and not isinstance(args[f.name], kinds):
+            raise PlanError(f"{name}: {f.name} must be {f.type}, got {str(args[f.name])[:60]!r}")
     try:
         return cls(**args)
     except (TypeError, ValueError) as error:

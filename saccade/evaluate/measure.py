@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from saccade.core.errors import InputError
 from saccade.core.plan import Plan
+from saccade.evaluate.fidelity import sparse_phase
 from saccade.evaluate.generate import Answer, answer, held, now, serving, together, untimed
 from saccade.evaluate.model import Loaded
 from saccade.evaluate.presets import phases
@@ -211,15 +212,17 @@ def times(found: Sequence[Answer]) -> dict[str, Any]:
 def looked(found: Trace | None, plan: Plan | None) -> dict[str, Any]:
     """Density and mass of the phase that a plan makes sparse (prefill where it is both), and both densities.
 
-    Stock attention is 1.0 by definition.
+    Stock attention is 1.0 by definition. What a policy evicted has no weight any more that could be missed, so there is
+    no mass then.
     """
     if plan is None or found is None:
         return {"density": 1.0, "mass": 1.0, "density_prefill": 1.0, "density_decode": 1.0}
-    phase = "decode" if phases(plan) == {"decode"} else "prefill"
+    phase = sparse_phase(plan, found.meter)
+    gone = phase == "decode" and "cache" in phases(plan)
     prefill, decode = found.density("prefill"), found.density("decode")
     return {
         "density": _short(decode if phase == "decode" else prefill),
-        "mass": _short(found.meter.kept(phase)),
+        "mass": None if gone else _short(found.meter.kept(phase)),
         "density_prefill": _short(prefill),
         "density_decode": _short(decode),
     }

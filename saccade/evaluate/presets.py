@@ -108,9 +108,11 @@ def note(plan: Plan | None) -> str:
     """What of a plan is left dense, in words for a table."""
     if plan is None:
         return "stock transformers"
-    used = phases(plan)
-    if "cache" in used:
-        return ""
+    used, policies = phases(plan), {find(a.method) for row in plan.layers for a in row if a.phase == "cache"}
+    if any(windowed(policy) for policy in policies):
+        used.add("prefill")
+    if not all(policy.lossless for policy in policies):
+        used.add("decode")
     return ", ".join(f"{phase} dense" for phase in ("prefill", "decode") if phase not in used)
 
 

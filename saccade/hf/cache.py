@@ -11,7 +11,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from saccade.cache.fixed import Fixed
 from saccade.cache.store import Store
-from saccade.core.errors import UnsupportedError
+from saccade.core.errors import InputError, UnsupportedError
+
+NO_SESSION = "this cache belongs to an attached model: attach(model, plan) first, then use it"
 
 
 class StoreLayer(CacheLayerMixin):
@@ -37,7 +39,7 @@ class StoreLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.waiting:
-            raise UnsupportedError("this cache belongs to an attached model: attach(model, plan) first, then use it")
+            raise UnsupportedError(NO_SESSION)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.waiting = True
@@ -111,6 +113,41 @@ class SaccadeCache(Cache):
         for at, store in stores.items():
             layers[at] = StoreLayer(store)
         super().__init__(layers=layers)
+        self._last = len(layers)  # the layer that was updated last; a call goes through the layers in order
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What transformers calls in every layer, and the place to notice that the layers do not go together.
+
+        Raises:
+            UnsupportedError: the layer before was not answered by an attached plan, but by attention to new tokens.
+            InputError: an earlier call broke off between two layers, and some hold tokens that others do not.
+        """
+        if layer_idx >= len(self.layers):
+            raise InputError(f"this cache is for {len(self.layers)} layers, and the model has a layer {layer_idx}")
+        mine = self.layers[layer_idx]
+        if isinstance(mine, StoreLayer):
+            self._follows(mine, layer_idx, key_states.shape[2])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def _follows(self, mine: StoreLayer, at: int, count: int) -> None:
+        before, self._last = self.layers[self._last] if self._last < at else None, at
+        if before is None:
+            # a single layer cannot tell a call that was refused from one without a plan; others can, just below
+            others = (layer for layer in self.layers if layer is not mine)
+            mine.waiting = mine.waiting and not any(isinstance(layer, StoreLayer) for layer in others)
+            return
+        mine.waiting, waiting = False, before.waiting
+        if waiting:
+            before.waiting = False
+            raise UnsupportedError(NO_SESSION)
+        if mine.fixed is None and before.get_seq_length() != mine.get_seq_length() + count:
+            raise InputError(
+                f"layer {at} of this cache holds {mine.get_seq_length()} tokens where the layer before it held "
+                f"{before.get_seq_length() - count}: a call broke off between them; reset() the cache or make a "
+                "new one, and read the text again"
+            )
 
     def fork(self) -> SaccadeCache:
         """A cache that goes on from here by itself, so that a text is read once and asked many times.

@@ -1,5 +1,6 @@
 """Plans: the JSON round trip, what they check, and files that are not what they say."""
 
+import dataclasses
 import json
 import types
 
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from saccade.core.errors import FileError, PlanError
 from saccade.core.plan import PHASES, VERSION, Assign, ModelShape, Plan
-from saccade.core.table import build
+from saccade.core.table import METHODS, build, family
+from saccade.methods.select.streaming import Streaming
 
 SHAPE = ModelShape(3, 4, 2, "tiny")
 ARGS = {
@@ -160,6 +162,7 @@ HOSTILE = {
     "no model": (json.dumps({k: v for k, v in GOOD.items() if k != "model"}), "model"),
     "model is a list": (spoiled("model", to=[]), "model"),
     "unknown model field": (spoiled("model", "width", to=1), "width"),
+    "model without a field": (spoiled("model", to={"layers": 3, "heads": 4}), r"has layers, heads, kv_heads.*got"),
     "layers as text": (spoiled("model", "layers", to="3"), "layers.*int"),
     "layers as float": (spoiled("model", "layers", to=3.0), "layers.*int"),
     "layers true": (spoiled("model", "layers", to=True), "layers.*int"),
@@ -212,6 +215,52 @@ def test_hostile_text(name):
     assert len(str(found.value)) < 500
     # of several files the person must know which
     assert str(found.value).startswith("given.json: ")
+
+
+ODD = {
+    "heads as floats": (lambda: Assign((0.0, 1.0), "streaming"), "heads must be"),
+    "heads as booleans": (lambda: Assign((True, False), "streaming"), "heads must be"),
+    "heads as a number": (lambda: Assign(3, "streaming"), "heads must be"),
+    "heads as text": (lambda: Assign("01", "streaming"), "heads must be"),
+    "args as a list": (lambda: Assign(None, "streaming", [1]), "args must be a dict"),
+    "args are None": (lambda: Plan.uniform(SHAPE, prefill=("streaming", None)), "neither a method"),
+    "a layer to skip that is not there": (lambda: Plan.uniform(SHAPE, prefill="dense", skip=[0, 3]), r"skip.*0\.\.2"),
+    "a layer to skip from the end": (lambda: Plan.uniform(SHAPE, prefill="dense", skip=[-1]), r"skip.*\[-1\]"),
+    "one layer to skip": (lambda: Plan.uniform(SHAPE, prefill="dense", skip=1), "skip must be a list"),
+    "names for layers": (lambda: Plan.per_head(SHAPE, ["dense"] * 3), "list of Assign for each layer"),
+    "assigns for layers": (lambda: Plan.per_head(SHAPE, [Assign(None, "dense")] * 3), "list of Assign for each layer"),
+    "names for assigns": (lambda: Plan.per_head(SHAPE, [["dense"]] * 3), "layer 0: a list of Assign"),
+    "no heads": (lambda: Plan.uniform(ModelShape(3, 0, 0), prefill="dense"), "heads must be 1 to"),
+    "heads that do not share": (lambda: Plan.uniform(ModelShape(3, 4, 3), prefill="dense"), "cannot share 3"),
+    "layers as a float": (lambda: Plan.per_head(ModelShape(3.0, 4, 2), [[]] * 3), "layers: must be int"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_python_is_refused_in_words(name):
+    make, says = ODD[name]
+    with pytest.raises(PlanError, match=says):
+        make()
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine(Streaming):
+    """A method that is not in the package."""
+
+
+def test_a_method_from_elsewhere_needs_a_name_and_then_is_like_all_others(monkeypatch):
+    with pytest.raises(PlanError, match=r"Mine has no name.*METHODS\['name'\] = '.*test_plan:Mine'"):
+        Plan.uniform(SHAPE, prefill=Mine(recent=5))
+    monkeypatch.setitem(METHODS, "mine", f"{__name__}:Mine")
+    plan = Plan.uniform(SHAPE, prefill=Mine(recent=5))
+    assert Plan.from_json(plan.to_json()) == plan and plan.layers[0][0].build() == Mine(recent=5)
+    assert family("mine") == "own"
+
+
+@pytest.mark.parametrize("heads", [[0, 2], range(0, 3, 2), (0, 2)])
+def test_heads_may_come_in_any_list_and_come_back_from_json_the_same(heads):
+    plan = Plan.per_head(SHAPE, [[Assign(heads, "dense")]] * 3)
+    assert Plan.from_json(plan.to_json()) == plan and plan.layers[0][0].heads == (0, 2)
 
 
 @settings(max_examples=150, deadline=None)

@@ -121,6 +121,10 @@ def test_what_is_left_dense_is_said():
     assert note(preset("tidal", SHAPE, 4096)) == "prefill dense"
     assert note(preset("streaming", SHAPE, 4096)) == ""
     assert note(None) == "stock transformers"
+    # a policy that reads a prompt whole and evicts behind it leaves the prefill dense, one that shows a window does not
+    assert note(preset("h2o", SHAPE, 4096)) == note(preset("fetch+offload", SHAPE, 4096)) == "prefill dense"
+    assert note(Plan.uniform(SHAPE, cache="duo")) == note(preset("minference+h2o", SHAPE, 4096)) == ""
+    assert note(preset("offload", SHAPE, 4096)) == "prefill dense, decode dense"
 
 
 def test_resolve_reads_files_and_names(tiny, tmp_path):

@@ -4,6 +4,7 @@ import torch
 from saccade.core.call import Call
 from saccade.core.pattern import Full, Window
 from saccade.core.plan import Assign, Plan
+from saccade.evaluate.measure import looked
 from saccade.evaluate.trace import SIZE, pool_mass, probabilities, read_cells, trace
 from saccade.methods.apply import Seen
 
@@ -35,6 +36,20 @@ def test_what_a_policy_evicted_is_not_read(tiny):
     assert found.steps[1][-1].gt(0.9).all()
     # heads 0 and 1 of layer 0 are drawn from one group, 2 and 3 from the other
     assert found.prefill[0][0, 63, 30] == 0 and found.prefill[0][2, 63, 30] == 1
+
+
+@pytest.mark.parametrize("cache", ["h2o", "duo", "offload"])
+def test_a_plan_is_shown_by_the_phase_that_it_makes_sparse(tiny, cache):
+    args = {"h2o": {"heavy": 8, "recent": 8}, "duo": {"sink": 4, "recent": 8}, "offload": {"sink": 4, "recent": 8}}
+    decode = ("fetch", {"blocks": 1}) if cache == "offload" else None
+    plan = Plan.uniform(tiny.model, decode=decode, cache=(cache, args[cache]))
+    row = looked(trace(tiny, plan, IDS, max_new_tokens=4), plan)
+    if cache == "duo":
+        # it shows a window of the prompt
+        assert row["density"] == row["density_prefill"] < 0.2 and 0 < row["mass"] < 1
+    else:
+        # the prompt is read whole, and what was dropped has no weight to be missed
+        assert row["density_prefill"] == 1.0 and row["density"] == row["density_decode"] < 0.7 and row["mass"] is None
 
 
 def test_finder_is_the_head_with_most_weight_on_the_span(tiny):

@@ -514,6 +514,17 @@ def test_our_cache_without_a_session(llama):
         assert torch.equal(forward(llama, prompt(), empty, (39,)), want)
 
 
+def test_layers_that_a_call_leaves_out_are_no_fault(llama, monkeypatch):
+    """A model may go past a layer, or end early; the others still go together."""
+    monkeypatch.setattr(llama.model.layers[1].self_attn, "forward", lambda hidden_states, **_: (hidden_states, None))
+    with attach(llama, Plan.uniform(llama)) as session:
+        cache = session.cache()
+        assert torch.equal(
+            forward(llama, prompt(), cache, (30, 39)), forward(llama, prompt(), session.cache(), (30, 39))
+        )
+        assert [layer.get_seq_length() for layer in cache.layers] == [40, 0, 40]
+
+
 def test_a_call_that_was_refused_may_be_made_again_as_it_should_be(llama):
     with attach(llama, Plan.uniform(llama)) as session:
         cache, want = session.cache(), forward(llama, prompt(), session.cache(), (39,))

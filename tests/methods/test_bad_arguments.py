@@ -92,6 +92,14 @@ def test_ends_of_the_range_are_refused_at_once_or_run(name, field, value):
     assert out.isfinite().all() and out.any(-1).all()
 
 
+@pytest.mark.parametrize(("name", "field"), numbers(("bool",)) + numbers(("str", "str | None")))
+def test_what_is_no_switch_and_no_text_is_refused(name, field):
+    """ "no" would be taken for True."""
+    for bad in ("no", 1, 0.0) if (name, field) in numbers(("bool",)) else (3, ["graph"], True):
+        with pytest.raises(PlanError, match=rf"^{name}: {field} must be"):
+            build(name, arguments(name) | {field: bad})
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if not is_dataclass(find(name))])
 def test_layers_refuse_what_cannot_be(name):
     cls, good = find(name), arguments(name)

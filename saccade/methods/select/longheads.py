@@ -165,8 +165,9 @@ class LongHeads(Attention):
             # the queries of the chunk that was not finished; tokens that were taken back lie behind those
             if not self.ready(call):
                 raise InputError(
-                    f"LongHeads: {call.offset} tokens are stored whose queries it has not seen (layer {call.layer}); "
-                    "put it into prefill and decode of the same heads"
+                    f"LongHeads: {call.offset} tokens are stored whose queries it has not seen or no longer has (layer "
+                    f"{call.layer}); put it into prefill and decode of the same heads, and take tokens of a prompt "
+                    f"back in whole chunks of {size}"
                 )
             tail, start = mine["tail"], mine["start"]
             asked = torch.cat((tail[:, :, kept * size - start : call.offset - start], asked), 2)

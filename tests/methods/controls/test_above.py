@@ -64,10 +64,17 @@ def test_in_a_plan_with_a_length_rule_inside():
     assert Plan.uniform(shape, prefill=Above(INNER, 8)).phase(0, "prefill")[0].build() == Above(INNER, 8)
 
 
+def test_an_inner_method_with_its_defaults_needs_no_arguments():
+    above = Above({"method": "streaming"}, 100)
+    assert Plan.uniform(ModelShape(1, 2, 1), prefill=above).phase(0, "prefill")[0].build().method == above.method
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         ({"inner": {"method": "streaming", "args": {}}, "length": 0}, "length"),
+        ({"inner": {"method": "streaming", "args": 3}}, "inner: args: must be dict"),
+        ({"inner": {"method": "streaming", "arguments": {}}}, "inner"),
         ({"inner": {"method": "streaming", "args": {}}, "length": "soon"}, "auto"),
         ({"inner": {"method": "streeming", "args": {}}}, "streaming"),
         ({"inner": {"method": "streaming", "args": {"recent": 0}}}, "recent"),

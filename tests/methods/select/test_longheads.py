@@ -172,6 +172,20 @@ def test_another_question_after_tokens_were_taken_back():
     torch.testing.assert_close(got, want(sequence.part(100, 110)))
 
 
+def test_a_prompt_is_taken_back_in_whole_chunks():
+    method, sequence = LongHeads(keys=32, chunk=8, begin=0), stream(150)
+    feed = Feed(method)
+    feed(sequence.part(0, 100))
+    feed.crop(30)
+    with pytest.raises(InputError, match=r"70 tokens.*whole chunks of 8"):
+        feed(sequence.part(70, 71))
+    feed, want = Feed(method), Feed(method)
+    feed(sequence.part(0, 100))
+    feed.crop(28)
+    want(sequence.part(0, 72))
+    torch.testing.assert_close(feed(sequence.part(72, 80)), want(sequence.part(72, 80)))
+
+
 @pytest.mark.parametrize(
     "bad", [{"keys": 0}, {"keys": 100, "chunk": 64}, {"keys": 192, "chunk": 64}, {"begin": -1}, {"block_q": 0}]
 )
