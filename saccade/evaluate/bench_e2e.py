@@ -193,7 +193,7 @@ def _measure(
     capture_s = 0.0
     with torch.inference_mode(), _serving(model, plan, seen) as session:
         for number in range(repeats + 1):
-            cache = DynamicCache(config=model.config) if session is None else session.cache()
+            cache = DynamicCache(config=model.config) if session is None else session.cache(ids.shape[1])
             # the first round compiles and fills torch's memory pools
             prompt = ids[:, : -(-ids.shape[1] // WARM)] if number == 0 else ids
             if seen is not None:

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from saccade.cache import cap
 from saccade.cache.store import Store
 from saccade.core.clock import Clock, lap
-from saccade.core.errors import InputError, PlanError, UnsupportedError
+from saccade.core.errors import InputError
 from saccade.core.lasting import lasting
 from saccade.core.plan import Plan
 from saccade.hf.beside import Beside
 from saccade.hf.cache import SaccadeCache, StoreLayer
-from saccade.hf.interface import attention_modules, server_of, switch_back, switch_to, text_config
+from saccade.hf.check import Case, check, check_space
+from saccade.hf.interface import attention_modules, is_plain, switch_back, switch_to, text_config
 from saccade.hf.rope import rope_of
 from saccade.hf.serve import Request, from_fixed, from_store, from_tensors
 from saccade.hf.steps import Steps
 from saccade.methods.apply import ASIDE, Roles, Seen
 from saccade.methods.base import CachePolicy
-from saccade.methods.policy.offload import Offload, Wanted, check_room
 
 
 class Session:
@@ -44,17 +44,23 @@ class Session:
     """
 
     def __init__(self, model: torch.nn.Module, plan: Plan) -> None:
+        if not isinstance(plan, Plan):
+            raise InputError(
+                f"attach: needs a Plan, got {type(plan).__name__}; make one with Plan.uniform(model, prefill=...) or "
+                "read one with Plan.load(path)"
+            )
         self.model, self.plan = model, plan
         self.watch: Callable[[Seen], None] | None = None
         self.clock: Clock | None = None
         self.rng: torch.Generator | None = None
+        config = text_config(model)
         self.modules = attention_modules(model)
         self.calls = dict.fromkeys(self.modules, 0)
         self.ways: Counter[tuple[str, int]] = Counter()
-        self._ropes = {at: rope_of(model, module, text_config(model), at) for at, module in self.modules.items()}
+        self._ropes = {at: rope_of(model, module, config, at) for at, module in self.modules.items()}
         # the cache transformers would build knows best which layers are more than plain causal attention
-        own = DynamicCache(config=text_config(model)).layers
-        self._left_alone = {at for at, layer in enumerate(own) if type(layer) is not DynamicLayer}
+        own = DynamicCache(config=config).layers
+        self._left_alone = {at for at, layer in enumerate(own) if not is_plain(layer, config)}
         self._now: dict[int, tuple[Any, Tensor | None]] = {}
         self._steps: dict[int, dict[str, Any]] = {}
         self._beside = Beside()
@@ -62,7 +68,7 @@ class Session:
         self._ruled = [any(assign.rules for assign in row) for row in plan.layers]
         self._hooks: list[Any] = []
         self._before: Any = None
-        self._check()
+        check(Case(model, plan, self.modules, self.served(), self._roles))
         self._start()
 
     def cache(self, length: int = 0) -> SaccadeCache:
@@ -75,10 +81,18 @@ class Session:
         Raises:
             InputError, SpaceError: no space for so many tokens, or none at all.
         """
+        if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+            raise InputError(f"session.cache: length must be an int >= 0, the tokens expected, got {length!r}")
+        ruled = [at for at in self.served() if any(a.rules for a in self.plan.layers[at] if a.phase == "cache")]
+        if ruled and not length:
+            raise InputError(
+                f"session.cache: what the plan keeps depends on the length (layer {ruled[0]}); give it: "
+                "session.cache(length=tokens of prompt and answer)"
+            )
         # one budget on the device for what all layers keep elsewhere
         shared = {cap.KEY: cap.Cap()}
         policies = {layer: self._policies(layer, length) for layer in self.served()}
-        self._check_room(policies, length)
+        check_space(self.model, self.modules, policies, length)
         stores = {layer: Store(kept, self.plan.model.kv_heads, shared) for layer, kept in policies.items()}
         return SaccadeCache(text_config(self.model), stores)
 
@@ -123,6 +137,9 @@ class Session:
         """One layer's attention [B,H,N,Dv]; k and v are the new tokens (our cache) or all of them (any other)."""
         cache, x = self._now.get(layer, (None, None))
         valid = None if mask is None else mask[:, 0, 0, :].bool()
+        if torch.is_autocast_enabled(q.device.type):
+            # as for torch's own attention: rotated queries and keys may be wider than values by now
+            q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
         fields = dict(layer=layer, scale=scale, rope=self._ropes[layer], rng=self.rng)
         roles = partial(self._roles_at, layer)
         request = Request(q, k, v, valid, x, roles, fields, self._steps, self.watch, self.clock)
@@ -160,82 +177,6 @@ class Session:
     def _roles_at(self, layer: int, length: int) -> Roles:
         return Roles.of(self.plan, layer, length) if self._ruled[layer] else self._roles[layer]
 
-    def _check_room(
-        self, policies: Mapping[int, Sequence[tuple[tuple[int, ...], CachePolicy]]], length: int = 0
-    ) -> None:
-        """Is there space for what is to be kept elsewhere, as far as sizes are known?"""
-        size = torch.empty((), dtype=getattr(self.model, "dtype", None)).element_size()
-        elsewhere = [
-            Wanted(policy, len(heads), 2 * getattr(self.modules[layer], "head_dim", 0) * size)
-            for layer, kept in policies.items()
-            for heads, policy in kept
-            if isinstance(policy, Offload)
-        ]
-        check_room(elsewhere, length)
-
-    def _check(self) -> None:
-        """Refuse what cannot be served, before anything is changed."""
-        self.plan.check_model(self.model)
-        if any(server_of(module) is not None for module in self.modules.values()):
-            raise InputError("attach: this model already has a plan; detach() that session first")
-        if not self.modules:
-            raise UnsupportedError(
-                f"attach: {type(self.model).__name__} has no attention modules with a layer_idx that go through "
-                "transformers' attention interface"
-            )
-        capped = getattr(text_config(self.model), "attn_logit_softcapping", None)
-        if capped is not None:
-            raise UnsupportedError(
-                f"attach: {type(self.model).__name__} caps its attention logits (attn_logit_softcapping={capped}), "
-                "which no method here honours; nothing was changed"
-            )
-        self._check_policies()
-        self._check_sources()
-        self._check_room({layer: self._policies(layer, 0) for layer in self.served()})
-
-    def _check_policies(self) -> None:
-        """Can each method that decodes read what the policies leave?"""
-        whole = [m for roles in self._roles for _, m in (*roles.prefill, *roles.decode) if m.whole_store]
-        if whole and any(roles.cache for roles in self._roles):
-            raise PlanError(f"{type(whole[0]).__name__} needs every token in the cache, but the plan also evicts")
-        for layer in self.served():
-            gone, away = (self._held(layer, lossless) for lossless in (False, True))
-            for heads, method in self._roles[layer].decode:
-                mine = set(_ids(heads, self.plan))
-                lost, far = gone & mine, away & mine
-                if not method.reads_far and far:
-                    raise PlanError(
-                        f"{type(method).__name__} reads the store only, but in layer {layer} the plan moves tokens of "
-                        f"heads {sorted(far)} out of it to be read elsewhere; to decode, give these heads retrieval or "
-                        "fetch, or no method, which is dense"
-                    )
-                if method.unbroken and lost:
-                    raise PlanError(
-                        f"{type(method).__name__} needs every token of its heads in the cache, but in layer {layer} "
-                        f"the plan evicts tokens of heads {sorted(lost)}; give these another method, or none"
-                    )
-
-    def _check_sources(self) -> None:
-        """Is there what a layer takes over from another?"""
-        for layer in self.served():
-            for heads, method in (*self._roles[layer].prefill, *self._roles[layer].decode):
-                source = method.source(layer)
-                if source is None:
-                    continue
-                there = [ids for ids, other in self._roles[source].decode if type(other) is type(method)]
-                if not self.serves(source) or not any(_ids(heads, self.plan) == _ids(ids, self.plan) for ids in there):
-                    why = "has it not for the same heads" if self.serves(source) else "keeps its own attention"
-                    raise PlanError(
-                        f"{type(method).__name__}: layer {layer} reads what layer {source} picks, but layer {source} "
-                        f"{why}; this model's layers that a plan can serve are {self.served()}"
-                    )
-
-    def _held(self, layer: int, lossless: bool) -> set[int]:
-        """Query heads of which a policy drops tokens, or moves them elsewhere."""
-        share = self.plan.model.heads // self.plan.model.kv_heads
-        kept = [heads for heads, policy in self._roles[layer].cache if policy.lossless == lossless]
-        return {h * share + i for heads in kept for h in heads for i in range(share)}
-
     def _start(self) -> None:
         self._before = switch_to(self, self.model, self.modules.values())
         for layer, module in self.modules.items():
@@ -249,7 +190,8 @@ class Session:
             if layer == first:
                 self._steps = {}
             x = kwargs.get("hidden_states", args[0] if args else None)
-            self._now[layer] = (kwargs.get("past_key_values"), x)
+            # GPT-NeoX has another name for it
+            self._now[layer] = (kwargs.get("past_key_values", kwargs.get("layer_past")), x)
 
         return hook
 
@@ -289,7 +231,3 @@ def attach(model: torch.nn.Module, plan: Plan) -> Session:
         torch.Size([1, 8, 64])
     """
     return Session(model, plan)
-
-
-def _ids(heads: tuple[int, ...] | None, plan: Plan) -> tuple[int, ...]:
-    return tuple(range(plan.model.heads)) if heads is None else tuple(sorted(heads))

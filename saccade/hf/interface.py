@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -78,6 +80,21 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
 
+def is_plain(layer: Any, config: Any) -> bool:
+    """Is the attention of a layer, of which this is transformers' own cache, plainly causal?
+
+    So is a sliding window as long as the longest sequence that the model is made for (Phi-3 with 128k tokens).
+    """
+    if type(layer) is DynamicSlidingWindowLayer:
+        return _covers(layer.sliding_window, config)
+    return type(layer) is DynamicLayer
+
+
+def _covers(window: int, config: Any) -> bool:
+    """Does a sliding window hold the longest sequence that a model is made for?"""
+    return window >= (getattr(config, "max_position_embeddings", None) or math.inf)
+
+
 def attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -126,7 +143,10 @@ def mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask of one layer type: which keys are real, [B,1,1,M], or None. Anything beyond causality goes to sdpa."""
-    if local_size is not None or mask_function is not causal_mask_function:
+    # a window that nothing can leave is causality; transformers says whether the caller added more
+    wide = local_size is not None and _covers(local_size, kwargs.get("config")) and local_size >= kv_length
+    plain = kwargs.get("allow_is_causal_skip", False) if wide else local_size is None
+    if not plain or (mask_function is not causal_mask_function and not wide):
         return sdpa_mask(
             batch_size,
             q_length,

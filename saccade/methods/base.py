@@ -62,6 +62,7 @@ class Method:
         unbroken: cannot read a store with holes. Where a policy drops tokens of its heads it may not decode, and later
             prompts are read without it: dense over what the policy keeps (`saccade.methods.apply.reads`).
         reads_far: reads what a policy has moved out of the store, too (see `CachePolicy.away`).
+        both: needs to see every query of its heads: a plan names it for both phases, or for prefill beside a policy.
         trained: needs trained weights.
         weights_for: the model that an instance's trained weights are for; None = any.
         paper: short reference.
@@ -77,6 +78,7 @@ class Method:
     whole_store: ClassVar[bool] = False
     unbroken: ClassVar[bool] = False
     reads_far: ClassVar[bool] = False
+    both: ClassVar[bool] = False
     trained: ClassVar[bool] = False
     weights_for: Weights | None = None
     paper: ClassVar[str] = ""

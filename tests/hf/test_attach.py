@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from saccade import Assign, Plan, attach
 from saccade.core.errors import InputError, PlanError, UnsupportedError
-from saccade.hf.cache import StoreLayer
+from saccade.core.plan import ModelShape
 from saccade.methods.policy.duo import DuoAttention
 
 TINY = dict(
@@ -129,15 +129,96 @@ def test_dense_equals_sdpa(name, models, monkeypatch):
         assert all(session.calls[at] == 0 for at in session.calls if at not in session.served())
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma3"])
-def test_sliding_layers_keep_their_own_attention(name, models):
-    model = models[name]
+def test_sliding_layers_keep_their_own_attention(models):
+    model = models["gemma3"]
     want = forward(model, prompt())
     with attach(model, Plan.uniform(model, prefill=("streaming", {"sink": 0, "recent": 1}))) as session:
         got = forward(model, prompt(), session.cache())
         kinds = [type(layer).__name__ for layer in session.cache().layers]
-    assert torch.allclose(got, want, atol=1e-5) == (name == "mistral")
-    assert kinds == ["StoreLayer" if at in MODELS[name][3] else "DynamicSlidingWindowLayer" for at in range(3)]
+    assert not torch.allclose(got, want, atol=1e-5)
+    assert kinds == ["DynamicSlidingWindowLayer", "StoreLayer", "StoreLayer"]
+
+
+def test_a_plan_that_would_serve_nothing_is_refused(models):
+    before = models["mistral"].config._attn_implementation
+    with pytest.raises(UnsupportedError, match=r"serve nothing: layers \[0, 1, 2\] of Mistral.*sliding windows"):
+        attach(models["mistral"], Plan.uniform(models["mistral"], prefill="streaming"))
+    assert models["mistral"].config._attn_implementation == before
+    rows = [(Assign(None, "streaming", {}, "prefill"),), (), ()]
+    with pytest.raises(UnsupportedError, match=r"layers \[0\] of Gemma3.*can serve \[1, 2\]"):
+        attach(models["gemma3"], Plan.per_head(models["gemma3"], rows))
+
+
+def test_a_window_that_nothing_leaves_is_served(monkeypatch):
+    """Phi-3 with 128k tokens has a window of 262144: plainly causal, in our cache and in transformers' own."""
+    cls, config, *_ = MODELS["phi3"]
+    torch.manual_seed(0)
+    model = cls(config(**TINY, sliding_window=TINY["max_position_embeddings"])).eval()
+    want = everything(model, lambda: DynamicCache(config=model.config), monkeypatch)
+    with attach(model, Plan.uniform(model)) as session:
+        assert session.served() == [0, 1, 2]
+        close(everything(model, session.cache, monkeypatch), want)
+        close(everything(model, lambda: DynamicCache(config=model.config), monkeypatch), want)
+        assert {way for way, _ in session.ways} == {"store", "other cache", "no cache"} - (
+            set() if ("no cache", 0) in session.ways else {"no cache"}
+        )
+    with attach(model, Plan.uniform(model, prefill=("streaming", {"sink": 0, "recent": 1}))) as session:
+        assert not torch.allclose(forward(model, prompt(), session.cache()), forward(model, prompt()[:, :1]), atol=1e-5)
+        # a mask of the caller's own is not causality
+        own = torch.ones(2, 1, 30, 30, dtype=torch.bool).tril()
+        forward(model, prompt(2, 30), attention_mask=own)
+        assert session.ways["own mask", 0] == 1
+
+
+def test_a_model_that_names_its_cache_otherwise(monkeypatch):
+    torch.manual_seed(0)
+    shape = {name: size for name, size in TINY.items() if name != "num_key_value_heads"}
+    model = tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**shape)).eval()
+    want = everything(model, lambda: DynamicCache(config=model.config), monkeypatch)
+    with attach(model, Plan.uniform(model)) as session:
+        close(everything(model, session.cache, monkeypatch), want)
+        assert session.ways["store", 0]
+
+
+def test_what_is_no_plan_and_no_decoder_is_refused(llama):
+    for wrong in (None, "minference", {"layers": []}):
+        with pytest.raises(InputError, match=f"needs a Plan, got {type(wrong).__name__}"):
+            attach(llama, wrong)
+    with pytest.raises(UnsupportedError, match="no config"):
+        attach(torch.nn.Linear(2, 2), Plan.uniform(llama))
+    with pytest.raises(UnsupportedError, match="not a model of transformers"):
+        attach(None, Plan.uniform(llama))
+    small = tf.T5Config(d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16, vocab_size=64)
+    t5 = tf.T5ForConditionalGeneration(small).eval()
+    with pytest.raises(UnsupportedError, match="encoder"):
+        attach(t5, Plan.uniform(ModelShape(1, 2, 2)))
+    with attach(llama, Plan.uniform(llama)) as session:
+        for wrong in ("x", -1, 1.5, True):
+            with pytest.raises(InputError, match="length must be an int >= 0"):
+                session.cache(wrong)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_under_autocast_it_is_what_torch_s_attention_is(llama, own):
+    with torch.autocast("cpu", torch.bfloat16):
+        want = forward(llama, prompt())
+        with attach(llama, Plan.uniform(llama)) as session:
+            got = forward(llama, prompt(), session.cache() if own else DynamicCache(config=llama.config))
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got.float(), want.float(), atol=0.05, rtol=0.05)
+
+
+def test_a_method_that_must_see_every_query_is_not_given_half_of_them(llama):
+    args = {"keys": 32, "chunk": 8}
+    for phase, missing in (("prefill", "decode"), ("decode", "prefill")):
+        with pytest.raises(PlanError, match=f"LongHeads: layer 0 has it not for {missing}"):
+            attach(llama, Plan.uniform(llama, **{phase: ("longheads", args)}))
+    other = ("longheads", {"keys": 64, "chunk": 8})
+    with pytest.raises(PlanError, match="same heads and arguments"):
+        attach(llama, Plan.uniform(llama, prefill=("longheads", args), decode=other))
+    policy = ("duo", {"sink": 4, "recent": 16})
+    for phases in ({"decode": ("longheads", args)}, {"cache": policy}):
+        attach(llama, Plan.uniform(llama, prefill=("longheads", args), **phases)).detach()
 
 
 @pytest.mark.parametrize("padding", ["left", "right", "both", "holes"])
@@ -651,4 +732,5 @@ def test_length_rules_follow_the_prompt(llama):
     with attach(llama, evicting) as session:
         policy = session.cache(length=1000).layers[0].store.policies[0][1]
         assert policy.recent == 104
-        assert isinstance(session.cache().layers[0], StoreLayer)
+        with pytest.raises(InputError, match="what the plan keeps depends on the length"):
+            session.cache()

@@ -142,7 +142,9 @@ def test_a_layer_that_goes_past_the_plan_is_a_problem(model, monkeypatch):
 def test_a_plan_that_serves_no_layer():
     config = MistralConfig(**SIZES, num_hidden_layers=2, sliding_window=8, pad_token_id=0)
     model = MistralForCausalLM(config).eval()
-    found = doctor(model, near(model), length=40)
+    with pytest.raises(UnsupportedError, match="would serve nothing"):
+        doctor(model, near(model), length=40)
+    found = doctor(model, Plan.uniform(model), length=40)
     assert found.served == [] and found.left_alone == [0, 1] and found.prefill_density is None
     assert any("serves no layer" in line for line in found.problems) and "left alone" in found.text()
 

@@ -63,6 +63,7 @@ class LongHeads(Attention):
     exact = False
     chunked = "query blocks start where a chunk of the prompt starts"
     unbroken = True
+    both = True
     paper = "LongHeads, Findings of EMNLP 2024, arXiv 2402.10685"
 
     keys: int = 4096
