@@ -22,6 +22,7 @@ COMMITTED = ROOT / "bench" / "results" / "reader-cpu-4k"
 OUT = ROOT / "docs" / "results" / "reader.md"
 WHY = ROOT / "bench" / "reader_why.md"
 DENSE = "dense"
+TITLE = "Every method on the bundled reader"
 CONTROLS = ("dense", "oracle", "random", "streaming")
 TITLES = {"needle": "needle", "niah-multikey": "multi-key", "kv": "key-value", "multi-turn": "multi-turn"}
 NEAR, CHEAP = 0.02, 0.2  # what counts as like dense, and as cheap
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", default="", metavar="A,B", help="only these tasks (all)")
     parser.add_argument("--lengths", default="", metavar="N,M", help="only these lengths (all)")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--title", default=TITLE)
     args = parser.parse_args(argv)
     folders = args.folders or [COMMITTED]
     tasks, lengths = args.tasks.split(","), args.lengths.split(",")
@@ -55,9 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.times:
         command += " --times " + " ".join(map(_shown, args.times))
     command += f" --tasks {args.tasks}" * bool(args.tasks) + f" --lengths {args.lengths}" * bool(args.lengths)
+    command += f" --out {_shown(args.out)}" * (args.out != OUT)
     said = [(folder, conditions(folder)) for folder in dict.fromkeys([*folders, *(args.times or [])])]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page(rows, failed, said, command, known_reasons(WHY)), encoding="utf-8")
+    args.out.write_text(page(rows, failed, said, command, known_reasons(WHY), args.title), encoding="utf-8")
     print(args.out)
 
 
@@ -164,13 +167,18 @@ def likeness(rows: Sequence[Row], dense: Sequence[Row]) -> str:
 
 
 def page(
-    rows: Sequence[Row], failed: Sequence[Row], said: Sequence[tuple[Path, Row]], command: str, why: dict[str, str]
+    rows: Sequence[Row],
+    failed: Sequence[Row],
+    said: Sequence[tuple[Path, Row]],
+    command: str,
+    why: dict[str, str],
+    title: str = TITLE,
 ) -> str:
     """The page as Markdown: summaries, a table for each length, reasons, conditions."""
     lengths = sorted({row["length"] for row in rows})
     plain = [row for row in rows if "@" not in row["method"]]
     tasks = _tasks(plain)
-    parts = ["# Every method on the bundled reader", "", "## In short", ""]
+    parts = [f"# {title}", "", "## In short", ""]
     for length in lengths:
         parts += summary(_by_method(plain, length), length)
     absent = [name for name in METHODS if phases(name) and not any(name in r["method"].split("+") for r in plain)]
