@@ -162,3 +162,12 @@ def test_the_committed_run(writer, tmp_path):
     text = out.read_text()
     assert cells(text, "dense", 4096)["needle"] == "1.00" and cells(text, "random", 4096)["kind"] == "control"
     assert "—" not in text and "!" not in text
+
+
+@pytest.mark.parametrize(("count", "judged"), [(1, False), (9, False), (10, True)])
+def test_a_handful_of_answers_is_no_verdict(writer, tmp_path, count, judged):
+    rows = [row("dense", n=count), row("minference", n=count, score=0.5, density=0.1)]
+    text = write(writer, tmp_path, [folder(tmp_path / "run", rows)])
+    assert ("## In short" in text) == ("Why some fall short" in text) == judged
+    assert ("too few to say who is like dense" in text) != judged
+    assert cells(text, "minference")["first token"] == "1.00x"
