@@ -25,7 +25,7 @@ def read_bytes(seen: Seen) -> float:
 
     A slot that any query of a key head's group reads counts once, its key and its value. What was scored to choose
     counts a row of a key's width for each pair, once for the query heads that share a key head, in the type of the
-    keys. A method that gives the answer itself is taken to read key and value for every pair that it scores.
+    keys. A method that gives the answer itself is taken to read key and value for every other pair that it scores.
 
     Args:
         seen: what was looked at; its pattern becomes a mask of all its queries and keys.
@@ -39,7 +39,7 @@ def bytes_of(seen: Seen, mask: Tensor | None) -> Tensor | float:
     key, value = (t.shape[3] * t.element_size() for t in (seen.k, seen.v))
     share = H // G
     if mask is None:
-        return seen.estimate / share * (key + value)
+        return (seen.estimate * (key + value) - seen.scored * value) / share
     slots = mask.reshape(B, G, share * N, M).any(2).sum().double()
     return slots * (key + value) + seen.estimate / share * key
 

@@ -35,7 +35,8 @@ def preset(name: str, model: Any, length: int, *, bundled: bool = False) -> Plan
             what dense attention reads (`saccade.evaluate.budget`).
         model: a ModelShape, a model or its config.
         length: tokens of the prompts.
-        bundled: the model is the reader, so that plans shipped with it are used.
+        bundled: the model is the reader, so that plans shipped with it are used; one for a method and the policy that
+            it needs stands for both, wherever the two are named without a share.
 
     Raises:
         PlanError: an unknown name, a layer with its own weights, a method that must be fitted first, a share that is
@@ -48,7 +49,9 @@ def preset(name: str, model: Any, length: int, *, bundled: bool = False) -> Plan
         [('trishape', 'prefill'), ('tidal', 'decode')]
     """
     shape = ModelShape.of(model)
-    parts = [_single(part.strip(), shape, length, bundled) for part in name.split("+")]
+    names = [part.strip() for part in name.split("+")]
+    parts, rest = _shipped_together(names, shape) if bundled else ([], names)
+    parts += [_single(part, shape, length, bundled) for part in rest]
     policies = [part for part in parts if phases(part) == {"cache"}]
     _check_shares(name, policies)
     plan = parts[0]
@@ -220,6 +223,18 @@ def _single(name: str, shape: ModelShape, length: int, bundled: bool) -> Plan:
         )
     args = arguments(name, shape.layers, length)
     return Plan.uniform(shape, **{phase: (name, args) for phase in PHASES if phase in build(name, args).phases})
+
+
+def _shipped_together(names: Sequence[str], shape: ModelShape) -> tuple[list[Plan], list[str]]:
+    """The reader's plans for a method with the policy that it needs, and the names that they do not stand for."""
+    found, rest = [], list(names)
+    for method, policy in NEEDS.items():
+        shipped = PLANS / f"{method}+{policy}.json"
+        if method in rest and policy in rest and shipped.is_file():
+            found.append(Plan.load(shipped))
+            found[-1].check_model(shape)
+            rest = [name for name in rest if name not in (method, policy)]
+    return found, rest
 
 
 def _check_shares(name: str, policies: Sequence[Plan]) -> None:

@@ -46,7 +46,8 @@ class Roles:
 class Seen:
     """What one attend of one layer looked at, for whoever watches: see `apply`.
 
-    Where a method gave the answer itself there is no pattern: `estimate` is then all that was scored, NaN if unknown.
+    Where a method gave the answer itself there is no pattern: `estimate` is then all that was scored, NaN if unknown,
+    and `scored` the part of it that only chose.
     """
 
     call: Call
@@ -58,6 +59,7 @@ class Seen:
     methods: tuple[str, ...]
     bias: Tensor | None = None
     o: Tensor | None = None  # the answer [B,H,N,Dv]
+    scored: float = 0.0
 
 
 def phase_of(queries: int, past: int) -> str:
@@ -139,7 +141,7 @@ def apply(
     left = set(range(H))
     patterns: list[tuple[tuple[int, ...], Pattern]] = []
     answers: list[tuple[tuple[int, ...], Tensor]] = []
-    estimate, names = 0.0, []
+    estimate, scored, names = 0.0, 0.0, []
     for heads, method in methods:
         local = tuple(i for i in range(H) if heads is None or ids[i] in heads)
         if not local:
@@ -166,6 +168,7 @@ def apply(
             patterns.append((local, method.select(mine, keys, sub)))
             lap(clock, "select")
             estimate += method.estimate(sub)
+            scored += method.estimate(sub)
         elif bias is not None:
             raise UnsupportedError(
                 f"{type(method).__name__} gives the answer itself and cannot weigh the folded tokens that "
@@ -176,6 +179,7 @@ def apply(
             lap(clock, "attend")
             # one that does not say what it costs makes the sum unknown
             estimate += method.estimate(sub) or math.nan
+            scored += method.scored(sub)
     if left and away and policy is not None:
         rest = tuple(sorted(left))
         kv = kv_heads(rest, share)
@@ -206,7 +210,7 @@ def apply(
         out = torch.cat([o for _, o in answers], 1).index_select(1, order)
     lap(clock, "attend")
     if watch is not None:
-        watch(Seen(call, q, k, v, None, estimate, tuple(names), bias, out))
+        watch(Seen(call, q, k, v, None, estimate, tuple(names), bias, out, scored))
     return out
 
 

@@ -98,6 +98,10 @@ class Attention(Method):
         """
         return 0.0
 
+    def scored(self, call: Call) -> float:
+        """Of a method without a pattern: the part of `estimate` that is scored only to choose, whose values stay."""
+        return 0.0
+
     def source(self, layer: int) -> int | None:
         """The layer whose choice this layer reads, which then must have the same method for the same heads; or None."""
         return None

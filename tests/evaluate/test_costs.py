@@ -1,6 +1,7 @@
 """Bytes by a loop over slots, operations against torch's own counter, and pairs counted on a mask."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,8 @@ def test_what_is_scored_to_choose_is_read_once_for_a_group():
     assert read_bytes(seen) == 2 * 14 * 4 + 2 * 12 * 8 * 4
     # no pattern: keys and values of all that was scored
     assert read_bytes(seen_of(None, estimate=48.0)) == 24 * 14 * 4
+    # and keys alone of what only chose
+    assert read_bytes(replace(seen_of(None, estimate=48.0), scored=20.0)) == 14 * 14 * 4 + 10 * 8 * 4
     assert math.isnan(read_bytes(seen_of(None, estimate=math.nan)))
 
 

@@ -64,8 +64,8 @@ class FetchBlocks(Selector):
         far = far_of(call)
         if far is None:
             return attend(q, k, v, None, call)
-        N, held = call.shape.N, far.tier.blocks
-        if phase_of(N, call.shape.M) == "prefill" or held <= self.blocks:
+        N = call.shape.N
+        if not self._chooses(far, call):
             return merge([attend(q, k, v, None, call), everything(q, far, call)])
         index = self._chosen(q, far, call)
         coming = expect(index[:, :, 0], far, call)
@@ -82,9 +82,19 @@ class FetchBlocks(Selector):
         far = far_of(call)
         if far is None:
             return 0.0
-        dense = phase_of(N, M) == "prefill" or far.tier.blocks <= self.blocks
-        read = far.tier.tokens if dense else self.blocks * far.tier.block + 2 * far.tier.blocks
-        return float(B * H * N * (M + read))
+        read = self.blocks * far.tier.block if self._chooses(far, call) else far.tier.tokens
+        return float(B * H * N * (M + read)) + self.scored(call)
+
+    def scored(self, call: Call) -> float:
+        far = far_of(call)
+        if far is None or not self._chooses(far, call):
+            return 0.0
+        # both bounds of each block
+        return float(call.shape.B * call.shape.H * call.shape.N * 2 * far.tier.blocks)
+
+    def _chooses(self, far: Far, call: Call) -> bool:
+        """Decoding, and more blocks lie far than a query reads."""
+        return phase_of(call.shape.N, call.shape.M) == "decode" and far.tier.blocks > self.blocks
 
     def _chosen(self, q: Tensor, far: Far, call: Call) -> Tensor:
         """Blocks of each key head and query, in host memory [B,G,N,blocks]."""

@@ -73,6 +73,7 @@ def test_only_what_is_chosen_comes_near_and_stays():
     # of each head: the store, what was fetched, and two products for each far block
     held = feed.stores[0].views()[0].k.shape[2]
     assert feed.looks[-1].seen.estimate == 4 * (held + 4 * BLOCK + 2 * far.tier.blocks)
+    assert feed.looks[-1].seen.scored == 4 * 2 * far.tier.blocks
 
 
 def test_all_blocks_are_dense_and_a_later_prompt_is_too():
