@@ -34,6 +34,13 @@ KINDS = ("control", "prefill", "decode", "prefill, decode", "cache")
 Row = dict[str, Any]
 
 
+LAUNCHES = (
+    "The reader is small: on a GPU its time goes into launching kernels, whatever they read, and what launches more is "
+    "slower than dense here; for a model of 8 billion parameters see docs/gpu.md. `retrieval` builds its index in the "
+    "first step after the prompt, which the time a token, a mean over one short answer, includes."
+)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, compare with dense, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -207,6 +214,8 @@ def page(
         ]
     for length in lengths:
         parts += table(_by_method(plain, length), length, tasks)
+    if any("NVIDIA" in str(about.get("machine")) for _, about in said):
+        parts += [LAUNCHES, ""]
     parts += reasons(plain, lengths, why) if judged else []
     parts += curves([row for row in rows if "@" in row["method"]])
     if failed:

@@ -107,10 +107,11 @@ class Arena:
             # the host may read it, or other streams
             torch.cuda.current_stream(rows.device).synchronize()
 
-    def read(self, slots: Tensor | NDArray[np.int64]) -> Tensor:
-        """The blocks [n] as [n, block, width], in host memory."""
+    def read(self, slots: Tensor | NDArray[np.int64], out: Tensor | None = None) -> Tensor:
+        """The blocks [n] as [n, block, width], in host memory: where `out` lies, or in memory of their own."""
         slots = torch.as_tensor(slots)
-        out = torch.empty(len(slots), self.block, self.width, dtype=self.dtype, pin_memory=self.pinned)
+        if out is None:
+            out = torch.empty(len(slots), self.block, self.width, dtype=self.dtype, pin_memory=self.pinned)
         for slab, _, at, mine in self._by_slab(slots):
             if len(mine) == len(slots):
                 torch.index_select(slab, 0, at, out=out)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from saccade.cache.runs import PACKED, all_seen, attend_placed, lse_of
 from saccade.cache.tier import Coming, Tier
 from saccade.core.call import Call
-from saccade.core.pattern import Blocks
 from saccade.kernels.attend import attend
 from saccade.kernels.attend.tile import training
 from saccade.kernels.merge import Out, merge
 
 KEY = "far"
-PACKED = 16  # queries that are attended together
 
 
 @dataclass
@@ -111,14 +109,10 @@ def seen_by(out: Out, call: Call) -> Out:
 
 def _placed(q: Tensor, index: Tensor, far: Far, call: Call, coming: Coming | None) -> Out:
     """All blocks at once: each row and key head is a row of a batch that lists blocks of one common store."""
-    (B, H, G, N, _), K = call.shape, index.shape[2]
+    B, H, G, N, _ = call.shape
     k, v, at = far.tier.place(index if coming is None else coming, heads=far.key_heads(call))
-    mine = q.reshape(B * G, H // G, N, -1)
-    keys, values = (t.expand(B * G, -1, -1, -1) for t in (k, v))
-    out = attend(
-        mine, keys, values, Blocks(at.view(B * G, 1, 1, K), PACKED, far.tier.block), _all_seen(mine, keys, call)
-    )
-    return Out(out.o.view(B, H, N, -1), _lse(out).view(B, H, N))
+    out = attend_placed(q.reshape(B * G, H // G, N, -1), k, v, at.flatten(0, 1), far.tier.block, call)
+    return Out(out.o.view(B, H, N, -1), lse_of(out).view(B, H, N))
 
 
 def _swept(q: Tensor, index: Tensor, far: Far, call: Call) -> Out:
@@ -130,24 +124,9 @@ def _swept(q: Tensor, index: Tensor, far: Far, call: Call) -> Out:
         if training(q):
             # a backward pass asks for them when other blocks have long taken their places
             k, v = k.clone(), v.clone()
-        out = attend(mine, k, v, None, _all_seen(mine, k, call))
+        out = attend(mine, k, v, None, all_seen(mine, k, call))
         at = (rows.start, heads.start)
         found[at] = merge([found[at], out]) if at in found else out
     starts = sorted({r for r, _ in found}), sorted({h for _, h in found})
     o = torch.cat([torch.cat([found[r, h].o for h in starts[1]], 1) for r in starts[0]])
-    return Out(o, torch.cat([torch.cat([_lse(found[r, h]) for h in starts[1]], 1) for r in starts[0]]))
-
-
-def _all_seen(q: Tensor, k: Tensor, call: Call) -> Call:
-    """Every query sees every key: far tokens are older than all of them."""
-    fields: dict[str, Any] = dict(layer=call.layer, scale=call.scale, causal=False)
-    if q.shape[2] > k.shape[2]:
-        # more queries than keys cannot be the last of them
-        zeros = torch.zeros(1, 1, max(q.shape[2], k.shape[2]), dtype=torch.long, device=q.device)
-        fields |= dict(q_pos=zeros[0, :, : q.shape[2]], k_pos=zeros[:, :, : k.shape[2]])
-    return Call.of(q, k, **fields)
-
-
-def _lse(out: Out) -> Tensor:
-    assert out.lse is not None
-    return out.lse
+    return Out(o, torch.cat([torch.cat([lse_of(found[r, h]) for h in starts[1]], 1) for r in starts[0]]))

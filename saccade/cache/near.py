@@ -19,6 +19,7 @@ from saccade.kernels import transfer
 
 Ints = NDArray[np.int64]
 STAGED = 1 << 22  # bytes that are on their way beside the cache, where the GPU does not read host memory by itself
+SWEPT = 1 << 22  # bytes that the host reads in one go when it reads everything once: what stays in a processor's cache
 
 
 @dataclass
@@ -119,6 +120,11 @@ class Near:
         self._move(slots, taken)
         return self.data[first : first + len(slots)]
 
+    def half(self) -> int:
+        """Blocks that a sweep reads while as many others arrive; all there are if there is but one place."""
+        most = max(1, len(self.data) // 2)
+        return most if self._side is not None else min(most, max(1, SWEPT // self.arena.block_bytes))
+
     def forget(self, slots: Ints) -> None:
         """Drop blocks that are written over or given up; -1 is nothing."""
         slots = slots[(slots >= 0) & (slots < len(self.place))]
@@ -174,7 +180,7 @@ class Near:
         self._line = self._line[:0]
         # the old one goes before the new one comes
         self.data, self.sums = self.data[:0].clone(), self.sums[:0].clone()
-        self.data, self.sums = self.data.new_zeros(size, *self.data.shape[1:]), self.sums.new_zeros(size)
+        self.data, self.sums = _zeros(size, self.data), self.sums.new_zeros(size)
         if self._side is not None:
             for t in (self.data, self.sums):
                 t.record_stream(self._side)
@@ -223,10 +229,25 @@ class Near:
         self._coming.append((slots, sign, held))
 
     def _copy(self, slots: Ints, places: Ints) -> None:
-        """A few blocks at a time through host memory."""
+        """A few blocks at a time through host memory; straight to places that stand side by side there."""
         step = max(1, STAGED // self.arena.block_bytes)
+        straight = self.device.type == "cpu" and bool((places[1:] == places[:-1] + 1).all())
         for a in range(0, len(slots), step):
-            rows = self.arena.read(slots[a : a + step]).to(self.device, non_blocking=True)
-            at = torch.from_numpy(places[a : a + step]).to(self.device)
-            self.data.index_copy_(0, at, rows)
-            self.sums.index_copy_(0, at, transfer.sums(rows))
+            some, at = slots[a : a + step], places[a : a + step]
+            if straight:
+                here = slice(int(at[0]), int(at[0]) + len(at))
+                self.sums[here] = transfer.sums(self.arena.read(some, self.data[here]))
+                continue
+            rows = self.arena.read(some).to(self.device, non_blocking=True)
+            where = torch.from_numpy(at).to(self.device)
+            self.data.index_copy_(0, where, rows)
+            self.sums.index_copy_(0, where, transfer.sums(rows))
+
+
+def _zeros(size: int, like: Tensor) -> Tensor:
+    """So many blocks of zeros [size, block, width]; in host memory a place costs nothing until it is written."""
+    if like.device.type != "cpu" or not size:
+        return like.new_zeros(size, *like.shape[1:])
+    # torch writes its zeros; those of numpy come from the system, page by page, when they are touched
+    count = size * like.shape[1] * like.shape[2] * like.element_size()
+    return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(like.dtype).view(size, *like.shape[1:])

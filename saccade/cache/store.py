@@ -46,6 +46,7 @@ class Store:
         self.kv_heads = kv_heads
         self.shared = {} if shared is None else dict(shared)
         self.policies = [(tuple(sorted(heads)), policy) for heads, policy in policies]
+        self.scale: float | None = None  # of the layer's logits, for policies that look at them; None = 1/sqrt(D)
         self.reset()
 
     def reset(self) -> None:
@@ -149,7 +150,8 @@ class Store:
                 heads = [h * share + i for h in group.heads for i in range(share)]
                 # a list as an index is a tensor that a GPU would be waited for
                 mine = q if len(heads) == q.shape[1] else q[:, heads]
-                call = call_for(mine, view, self.seen[rows.start], tuple(heads), memory=self.memory_of(rows))
+                fields = dict(scale=self.scale, memory=self.memory_of(rows))
+                call = call_for(mine, view, self.seen[rows.start], tuple(heads), **fields)
                 slots = group.policy.keep(mine, view.k, view.v, call)
                 lap(clock, "select")
                 if slots is not None and slots.shape[2] < view.k.shape[2]:
@@ -178,7 +180,7 @@ class Store:
             group.crop(removed, self.seen)
         if self._asked is not None:
             left = [
-                q[:, :, : q.shape[2] - removed[rows.start]]
+                q[:, :, : max(0, q.shape[2] - removed[rows.start])]
                 for rows, q in zip(self.row_sets(), self._asked, strict=True)
             ]
             self._asked = left if all(q.shape[2] for q in left) else None
@@ -209,6 +211,7 @@ class Store:
         Neither sees what is appended to the other. Blocks in a tier are shared: they are written once and only read.
         """
         other = Store(self.policies, self.kv_heads, self.shared)
+        other.scale = self.scale
         other.groups = [group.fork() for group in self.groups]
         other.seen, other.total, other._cut = list(self.seen), self.total, list(self._cut)
         other.valid = self.valid

@@ -18,7 +18,7 @@ from saccade.core.errors import DamagedError, InputError, SpaceError
 from saccade.kernels import transfer
 
 ALL = slice(None)
-READ = 1 << 24  # bytes that the host reads at a time
+READ = 1 << 22  # bytes that the host reads at a time
 
 
 class Placed(NamedTuple):
@@ -188,7 +188,7 @@ class Tier:
         if self.near is None or not self.blocks:
             return None
         slots, sums = self._numbers(index, rows, heads)
-        self.near.want(np.unique(slots[slots >= 0]))
+        self.near.want(_each_once(slots, len(self.near.arena.owners)))
         return Coming(slots, sums, np.where(slots >= 0, self.near.place[slots.clip(0)], -1))
 
     def place(
@@ -234,7 +234,8 @@ class Tier:
         return self._halves(got)
 
     def sweep(self, index: Tensor, rows: slice = ALL, heads: Sequence[int] | None = None) -> Iterator[Piece]:
-        """Blocks index [B,G,n] (none missing) once through: half of the cache is read while the other half arrives.
+        """Blocks index [B,G,n] (none missing) once through: half of the cache (of host memory, a part) is read while as
+        much arrives.
 
         For more than the cache holds, or what is read once only: nothing is looked up in the cache, and what comes is
         not found there later.
@@ -245,7 +246,7 @@ class Tier:
             raise InputError(f"{self.name}: a sweep needs at least one block for each head, and none of them missing")
         near.fit()
         halves = 2 if len(near.data) > 1 else 1
-        most = len(near.data) // halves
+        most = near.half()
         parts = _pieces(slots.shape, most)
 
         def start(number: int) -> Tensor:
@@ -308,16 +309,21 @@ class Tier:
         index = torch.arange(a, b).expand(len(self.table), self.table.shape[1] if heads is None else len(heads), -1)
         slots, sums = self._numbers(index, ALL, heads)
         B, G, n = slots.shape
-        out = torch.empty(B, G, n * self.block, self.split, dtype=self.arena.dtype)
-        step = max(1, READ // self.arena.block_bytes)
+        arena = self.arena
+        out = torch.empty(B, G, n, self.block, self.split, dtype=arena.dtype)
+        step = max(1, min(n, READ // arena.block_bytes))
+        # one room for all that is read: the system takes its time over memory that is new
+        room = torch.empty(step, self.block, arena.width, dtype=arena.dtype)
         for row in range(B):
             for g in range(G):
                 for c in range(0, n, step):
-                    got = self.arena.read(slots[row, g, c : c + step])
+                    some = slots[row, g, c : c + step]
+                    got = arena.read(some, room[: len(some)])
                     wrong = transfer.sums(got) != torch.from_numpy(sums[row, g, c : c + step])
                     if bool(wrong.any()):
                         self._damaged(f"{int(wrong.sum())} of {len(wrong)} blocks")
-                    out[row, g, c * self.block : (c + len(got)) * self.block] = got[..., : self.split].flatten(0, 1)
+                    out[row, g, c : c + len(some)] = got[..., : self.split]
+        out = out.flatten(2, 3)
         return out[:, :, first - a * self.block : last - a * self.block]
 
     def crop(self, blocks: int) -> None:
@@ -469,6 +475,14 @@ def _pieces(shape: tuple[int, int, int], most: int) -> list[tuple[slice, slice, 
         for h in range(0, G, g)
         for a in range(0, K, n)
     ]
+
+
+def _each_once(slots: Any, blocks: int) -> Any:
+    """The numbers in `slots` that are no -1, each once, ascending: marks cost less than sorting."""
+    asked = np.zeros(blocks + 1, dtype=np.bool_)
+    # -1 is the last
+    asked[slots] = True
+    return np.flatnonzero(asked[:-1])
 
 
 def _up(numbers: Any, device: torch.device) -> Tensor:

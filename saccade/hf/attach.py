@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -20,13 +22,20 @@ from saccade.core.lasting import lasting
 from saccade.core.plan import Plan
 from saccade.hf.beside import Beside
 from saccade.hf.cache import SaccadeCache, StoreLayer
-from saccade.hf.check import Case, check, check_space
+from saccade.hf.check import Case, check, check_rows, check_space
 from saccade.hf.interface import attention_modules, is_plain, switch_back, switch_to, text_config
 from saccade.hf.rope import rope_of
 from saccade.hf.serve import Request, from_fixed, from_store, from_tensors
 from saccade.hf.steps import Steps
 from saccade.methods.apply import ASIDE, Roles, Seen
 from saccade.methods.base import CachePolicy
+
+
+class _Under(threading.local):
+    """What came with the calls under way, by layer: threads may share a model, each with a cache of its own."""
+
+    def __init__(self) -> None:
+        self.now: dict[int, tuple[Any, Tensor | None, Tensor | None]] = {}
 
 
 class Session:
@@ -61,10 +70,12 @@ class Session:
         # the cache transformers would build knows best which layers are more than plain causal attention
         own = DynamicCache(config=config).layers
         self._left_alone = {at for at, layer in enumerate(own) if not is_plain(layer, config)}
-        self._now: dict[int, tuple[Any, Tensor | None]] = {}
-        self._steps: dict[int, dict[str, Any]] = {}
+        self._under = _Under()
+        self._alone: dict[int, dict[str, Any]] = {}
+        self._shared: weakref.WeakKeyDictionary[Any, dict[int, dict[str, Any]]] = weakref.WeakKeyDictionary()
         self._beside = Beside()
         self._roles = [Roles.of(plan, layer) for layer in range(plan.model.layers)]
+        self._elsewhere = any(policy.lossless for roles in self._roles for _, policy in roles.cache)
         self._ruled = [any(assign.rules for assign in row) for row in plan.layers]
         self._hooks: list[Any] = []
         self._before: Any = None
@@ -109,7 +120,7 @@ class Session:
         if hooks:
             switch_back(self.model, self.modules.values(), self._before)
         # what an exception in the middle of a forward left behind
-        self._now.clear()
+        self._under.now.clear()
 
     def __enter__(self) -> Session:
         return self
@@ -127,7 +138,7 @@ class Session:
 
     def store_layer(self, layer: int) -> StoreLayer | None:
         """This layer of the cache that a call under way came with, where that is a `session.cache()`."""
-        cache, _ = self._now.get(layer, (None, None))
+        cache, *_ = self._under.now.get(layer, (None,))
         layers = getattr(cache, "layers", ())
         own = layers[layer] if layer < len(layers) else None
         return own if isinstance(own, StoreLayer) else None
@@ -135,14 +146,15 @@ class Session:
     @lasting
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         """One layer's attention [B,H,N,Dv]; k and v are the new tokens (our cache) or all of them (any other)."""
-        cache, x = self._now.get(layer, (None, None))
+        cache, x, positions = self._under.now.get(layer, (None, None, None))
+        steps = self._alone if cache is None else self._shared.setdefault(cache, {})
         valid = None if mask is None else mask[:, 0, 0, :].bool()
         if torch.is_autocast_enabled(q.device.type):
             # as for torch's own attention: rotated queries and keys may be wider than values by now
             q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
         fields = dict(layer=layer, scale=scale, rope=self._ropes[layer], rng=self.rng)
         roles = partial(self._roles_at, layer)
-        request = Request(q, k, v, valid, x, roles, fields, self._steps, self.watch, self.clock)
+        request = Request(q, k, v, valid, x, roles, fields, steps, self.watch, self.clock, positions)
         self.calls[layer] += 1
         lap(self.clock, "rest")
         own = self.store_layer(layer)
@@ -151,9 +163,12 @@ class Session:
             self.ways["steps", layer] += 1
             return from_fixed(request, own.fixed)
         if own is not None:
+            if self._elsewhere and valid is not None and layer == self.served()[0]:
+                stores = {at: cache.layers[at].store for at in self.served()}
+                check_rows(self.model, self.modules, stores, valid[:, -q.shape[2] :])
             self.ways["store", layer] += 1
             out = from_store(request, own)
-            if any(f"{ASIDE} {layer}" in step for step in self._steps.values()):
+            if any(f"{ASIDE} {layer}" in step for step in steps.values()):
                 self.ways[ASIDE, layer] += 1
             return out
         if self._roles[layer].cache:
@@ -187,18 +202,21 @@ class Session:
         first = min(self.modules)
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if layer == first:
-                self._steps = {}
             x = kwargs.get("hidden_states", args[0] if args else None)
             # GPT-NeoX has another name for it
-            self._now[layer] = (kwargs.get("past_key_values", kwargs.get("layer_past")), x)
+            cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+            if layer == first and cache is None:
+                self._alone = {}
+            elif layer == first:
+                self._shared[cache] = {}
+            self._under.now[layer] = (cache, x, kwargs.get("position_ids"))
 
         return hook
 
     def _after_layer(self, layer: int) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
             # a kept reference would keep the cache alive
-            self._now.pop(layer, None)
+            self._under.now.pop(layer, None)
 
         return hook
 

@@ -107,6 +107,11 @@ class SaccadeCache(Cache):
     """
 
     def __init__(self, config: Any, stores: dict[int, Store]) -> None:
+        if getattr(config, "num_kv_shared_layers", 0):
+            raise UnsupportedError(
+                f"session.cache: {config.num_kv_shared_layers} layers of this model read keys that other layers have "
+                "stored, which this cache does not hand out; use transformers' own cache"
+            )
         layers = list(DynamicCache(config=config).layers)
         while len(layers) < 1 + max(stores, default=-1):
             layers.append(None)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from saccade.cache.store import Store
 from saccade.core.errors import InputError, PlanError, UnsupportedError
 from saccade.core.plan import Plan
 from saccade.hf.interface import server_of, text_config
@@ -67,9 +69,14 @@ def check(case: Case) -> None:
 
 
 def check_space(
-    model: Any, modules: Mapping[int, torch.nn.Module], policies: Mapping[int, Kept], length: int = 0
+    model: Any, modules: Mapping[int, torch.nn.Module], policies: Mapping[int, Kept], length: int = 0, rows: int = 1
 ) -> None:
-    """Is there space for what is to be kept elsewhere, as far as sizes are known?"""
+    """Is there space for what is to be kept elsewhere, as far as sizes are known?
+
+    Args:
+        length: tokens expected; 0 = not known.
+        rows: of a batch whose rows differ in length, so that each has a cache of its own; 1 where they do not.
+    """
     size = torch.empty((), dtype=getattr(model, "dtype", None)).element_size()
     elsewhere = [
         Wanted(policy, len(heads), 2 * getattr(modules[layer], "head_dim", 0) * size)
@@ -77,7 +84,27 @@ def check_space(
         for heads, policy in kept
         if isinstance(policy, Offload)
     ]
-    check_room(elsewhere, length)
+    check_room(elsewhere, length, rows)
+
+
+def check_rows(model: Any, modules: Mapping[int, torch.nn.Module], stores: Mapping[int, Store], added: Tensor) -> None:
+    """Is there space for each row, where a batch is about to become one whose rows differ in length?
+
+    Asked before any of it is read: a short row puts nothing away at first, and what lacks would show in the middle of
+    an answer.
+
+    Args:
+        stores: of all layers that the plan serves.
+        added: which tokens of the next call are real, bool [B,n].
+
+    Raises:
+        InputError: the block caches of all rows and layers together hold less than a block for each.
+    """
+    one = next(iter(stores.values()))
+    # rows that were together when tokens were moved go on with one cache
+    apart, moved = len(one.memory) > 1, any(group.lengths != one.seen for group in one.groups)
+    if not apart and not moved and not bool((added == added[:1]).all()):
+        check_space(model, modules, {at: store.policies for at, store in stores.items()}, rows=len(added))
 
 
 def _check_model(case: Case) -> None:
@@ -92,6 +119,10 @@ def _check_model(case: Case) -> None:
         )
     if getattr(case.model.config, "is_encoder_decoder", False):
         raise UnsupportedError(f"attach: {name} has an encoder; only decoders are served")
+    if any(getattr(case.modules[layer], "is_causal", True) is False for layer in case.served):
+        raise UnsupportedError(
+            f"attach: tokens of {name} look at later ones (is_causal=False); only decoders are served"
+        )
     named = [at for at, row in enumerate(case.plan.layers) if row]
     if named and not set(named) & set(case.served):
         raise UnsupportedError(

@@ -117,14 +117,17 @@ def attention(
         raise UnsupportedError(
             "this call has a mask that is more than causality and padding; use transformers' own cache"
         )
+    for name in ("s_aux", "softcap", "position_bias"):
+        # sdpa, too, leaves sinks out, and without a word
+        if kwargs.get(name) is not None and (name == "s_aux" or not (custom or not served)):
+            raise UnsupportedError(f"layer {layer} passes {name}, which no method here honours; detach first")
     if custom or not served:
         if served:
             server.ways["own mask", layer] += 1
+        elif not custom:
+            attention_mask = _whole(attention_mask, query, key)
         dense: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return dense(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    for name in ("s_aux", "softcap", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedError(f"layer {layer} passes {name}, which no method here honours; detach first")
     if dropout:
         raise UnsupportedError(
             f"attention dropout ({dropout}) is not served; set attention_dropout to 0 or model.eval()"
@@ -162,6 +165,15 @@ def mask(
     if real.shape[1] < kv_length:
         real = torch.nn.functional.pad(real, (0, kv_length - real.shape[1]))
     return real[:, None, None, :]
+
+
+def _whole(real: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask for sdpa of a layer that is as plain as ours: `mask` leaves causality to who serves them."""
+    N, M = query.shape[2], key.shape[2]
+    if N == 1 or (real is None and N == M):
+        return real
+    seen = torch.ones(1, 1, N, M, dtype=torch.bool, device=query.device).tril(M - N)
+    return seen if real is None else seen & real
 
 
 def _set_implementation(model: Any, name: str) -> None:

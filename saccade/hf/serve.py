@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from saccade.cache.fixed import Fixed
 from saccade.cache.store import call_for
 from saccade.core.call import Call
 from saccade.core.clock import Clock, lap
+from saccade.core.rope import Places, Rope
 from saccade.hf.cache import StoreLayer
 from saccade.methods.apply import Roles, Seen, apply, overheard, phase_of
 
@@ -31,6 +32,7 @@ class Request:
         steps: what the layers of one forward share, by the first of the rows that are read together.
         watch: given every `Seen`, or None.
         clock: told where the time goes, or None.
+        positions: the model's position_ids [1|B,N], padding included, or None where they are not known.
     """
 
     q: Tensor
@@ -43,6 +45,19 @@ class Request:
     steps: dict[int, dict[str, Any]]
     watch: Callable[[Seen], None] | None = None
     clock: Clock | None = None
+    positions: Tensor | None = None
+
+    def rope(self, rows: slice, real: Any, slot: int, step: dict[str, Any]) -> Rope | None:
+        """How the layer rotates, and the positions of some rows' queries, the first of which has the slot `slot`."""
+        rope, at = self.fields["rope"], self.positions
+        # some models count in three dimensions
+        if rope is None or at is None or at.ndim != 2:
+            return rope
+        if "places" not in step:
+            at = at[rows] if at.shape[0] > 1 else at
+            # the same in all layers, so that whoever asks waits once
+            step["places"] = Places(at[:, real], slot)
+        return replace(rope, places=step["places"])
 
 
 def from_store(request: Request, own: StoreLayer) -> Tensor:
@@ -56,6 +71,7 @@ def from_store(request: Request, own: StoreLayer) -> Tensor:
         # taking tokens in settles too, but tells nobody what that cost
         own.store.settle(clock)
     store = own.take(request.k, request.v, valid)
+    store.scale = request.fields["scale"]
     lap(clock, "copy")
     roles = request.roles(max(store.seen))
     methods = roles.prefill if phase == "prefill" else roles.decode
@@ -69,10 +85,12 @@ def from_store(request: Request, own: StoreLayer) -> Tensor:
         asked.append(mine)
         if mine.shape[2] == 0:
             continue
+        step = request.steps.setdefault(rows.start, {})
         fields = dict(
             request.fields,
             x=None if x is None else x[rows][:, real],
-            step=request.steps.setdefault(rows.start, {}),
+            rope=request.rope(rows, real, store.seen[rows.start] - mine.shape[2], step),
+            step=step,
             memory=store.memory_of(rows),
         )
         for view in store.views(rows):
@@ -130,8 +148,12 @@ def from_tensors(request: Request, length: int, memory: dict[Any, Any]) -> Tenso
     phase, roles = phase_of(N, length - N), request.roles(length)
     methods = roles.prefill if phase == "prefill" else roles.decode
 
-    def answer(row: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None, memory: dict[Any, Any]) -> Tensor:
-        call = Call.of(q, k, x=x, step=request.steps.setdefault(row, {}), memory=memory, **request.fields)
+    def answer(
+        rows: slice, real: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None, memory: dict[Any, Any]
+    ) -> Tensor:
+        step = request.steps.setdefault(rows.start, {})
+        fields = dict(request.fields, rope=request.rope(rows, real, k.shape[2] - q.shape[2], step))
+        call = Call.of(q, k, x=x, step=step, memory=memory, **fields)
         if phase == "prefill":
             overheard(q, k, call, roles.decode)
             lap(clock, "select")
@@ -140,7 +162,7 @@ def from_tensors(request: Request, length: int, memory: dict[Any, Any]) -> Tenso
     valid = None if request.valid is None else request.valid[:, :length]
     # rows that began with padding go on one by one, also when it is gone: each has its own memory
     if (valid is None or bool(valid.all())) and not any(isinstance(key, int) for key in memory):
-        return answer(0, q, k, v, x, memory)
+        return answer(slice(0, B), slice(None), q, k, v, x, memory)
     out = _zeros(request)
     valid = torch.ones(B, length, dtype=torch.bool, device=q.device) if valid is None else valid
     for row in range(B):
@@ -150,7 +172,7 @@ def from_tensors(request: Request, length: int, memory: dict[Any, Any]) -> Tenso
             part = [t[one][:, :, keys] for t in (k, v)]
             lap(clock, "copy")
             here = None if x is None else x[one][:, real]
-            out[one][:, :, real] = answer(row, q[one][:, :, real], *part, here, memory.setdefault(row, {}))
+            out[one][:, :, real] = answer(one, real, q[one][:, :, real], *part, here, memory.setdefault(row, {}))
     return out
 
 

@@ -12,16 +12,16 @@ ROWS = 1 << 13  # tokens that are turned back at a time
 
 
 def gate_queries(q: Tensor, first: int, block: int, rope: Rope) -> Tensor:
-    """Means of unrotated queries, rotated to their block's first position: [B,H,N,D] -> [B,H,ceil(N/block),D].
+    """Means of unrotated queries, rotated to their block's first slot: [B,H,N,D] -> [B,H,ceil(N/block),D].
 
-    `first` is the position of the first query.
+    `first` is the slot of the first query.
     """
     mean = torch.cat([pool(t, block) for t in _unrotated(q, first, block, rope)], 2)
     return rope(mean, torch.arange(mean.shape[2], device=q.device) * block + first)
 
 
 def key_features(k: Tensor, block: int, rope: Rope) -> Tensor:
-    """Largest, smallest and mean values of unrotated keys from position 0 on: [B,G,M,D] -> [B,G,ceil(M/block),3D]."""
+    """Largest, smallest and mean values of unrotated keys from slot 0 on: [B,G,M,D] -> [B,G,ceil(M/block),3D]."""
     parts = []
     for t in _unrotated(k, 0, block, rope):
         low, high = pool_bounds(t, block)
@@ -47,7 +47,4 @@ def _unrotated(x: Tensor, first: int, block: int, rope: Rope) -> list[Tensor]:
     """Rows in float32 or wider, as they were before rotation, in pieces of whole blocks."""
     step = max(1, ROWS // block) * block
     wide = x.to(torch.promote_types(x.dtype, torch.float32)).split(step, 2)
-    return [
-        rope(t, torch.arange(t.shape[2], device=x.device) + (first + i * step), inverse=True)
-        for i, t in enumerate(wide)
-    ]
+    return [rope.free(t, torch.arange(t.shape[2], device=x.device) + (first + i * step)) for i, t in enumerate(wide)]

@@ -45,10 +45,11 @@ def pool_bounds(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
         _, low, high = triton_pool.pool(x, block, mean=False, bounds=True)
         assert low is not None and high is not None
         return low, high
-    B, h, N, D = x.shape
-    # the last row again: it changes neither bound of its block
-    last = x[:, :, -1:].expand(-1, -1, -N % block, -1)
-    blocks = torch.cat((x, last), 2).view(B, h, -1, block, D)
+    N = x.shape[2]
+    if N % block:
+        # the last row again: it changes neither bound of its block
+        x = torch.cat((x, x[:, :, -1:].expand(-1, -1, -N % block, -1)), 2)
+    blocks = x.unflatten(2, (-1, block))
     return blocks.amin(3), blocks.amax(3)
 
 

@@ -189,6 +189,9 @@ def apply(
         estimate += policy.estimate(sub) or math.nan
     elif left:
         patterns.append((tuple(sorted(left)), default.heads(sorted(left), call)))
+    if policy is not None:
+        estimate += policy.scored(call)
+        scored += policy.scored(call)
     if not answers:
         pattern = patterns[0][1] if len(patterns) == 1 else PerHead(tuple(patterns))
         out = attend(q, k, v, pattern, call, key_bias=bias, lse=False).o

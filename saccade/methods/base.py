@@ -174,6 +174,10 @@ class CachePolicy(Method):
         """
         return None
 
+    def scored(self, call: Call) -> float:
+        """Pairs that `keep` scores after a call; added to the density that is reported."""
+        return 0.0
+
     def pattern(self, call: Call) -> Pattern:
         """What queries of these heads see of what is stored, where the plan names no other method for them."""
         return Full()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from saccade.cache import arena as arena_module
+from saccade.cache import near as near_module
 from saccade.cache.cap import Cap
 from saccade.cache.far import Far, chosen, everything
 from saccade.cache.near import Near
@@ -290,7 +291,7 @@ def test_a_read_that_fails_is_told_and_can_be_made_again(monkeypatch):
     tier, k, v = filled()
     index = torch.arange(4).expand(B, G, 4)
 
-    def broken(slots):
+    def broken(slots, out=None):
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(tier.arena, "read", broken)
@@ -299,6 +300,22 @@ def test_a_read_that_fails_is_told_and_can_be_made_again(monkeypatch):
         tier.fetch(index)
     monkeypatch.undo()
     same(tier, k, v, index)
+
+
+@pytest.mark.parametrize("swept", [1, 3000, 1 << 22])
+def test_a_sweep_takes_no_more_at_a_time_than_a_processors_cache_holds(monkeypatch, swept):
+    monkeypatch.setattr(near_module, "SWEPT", swept)
+    tier = Tier(block=4, budget=1 << 20)
+    k, v = torch.randn(2, 3, 80, 6), torch.randn(2, 3, 80, 6)
+    tier.append(k, v)
+    index = torch.stack([torch.randperm(20) for _ in range(6)]).view(2, 3, 20)
+    got_k, got_v = torch.zeros_like(k), torch.zeros_like(v)
+    for rows, heads, part, keys, values in tier.sweep(index):
+        tokens = slice(part.start * 4, part.stop * 4)
+        assert keys.shape[0] * keys.shape[1] * keys.shape[2] // 4 <= max(1, swept // (4 * 12 * 4))
+        got_k[rows, heads, tokens], got_v[rows, heads, tokens] = keys, values
+    at = (index[..., None] * 4 + torch.arange(4)).flatten(2)[..., None].expand(-1, -1, -1, 6)
+    assert torch.equal(got_k, k.gather(2, at)) and torch.equal(got_v, v.gather(2, at))
 
 
 @pytest.mark.skipif(not MAPS.exists(), reason="maps of files are looked up in /proc")

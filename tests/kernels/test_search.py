@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import math
+from random import randrange
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from saccade.core.errors import InputError, UnsupportedError
 from saccade.kernels.search import KINDS, Indices, api, index
 from saccade.kernels.search.graph import Graph, _partners, _pruned, _reachable
+from saccade.kernels.search.lists import _clustered
 
 faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed (saccade[search])")
 EVERY = [pytest.param(kind, marks=[faiss] if kind.startswith("faiss") else []) for kind in KINDS]
@@ -266,3 +268,32 @@ def test_single_keys_that_every_query_wants_are_a_list_of_their_own():
         assert sorted(lists.ids.tolist()) == list(range(3000))
         assert int(lists.starts[-1] - lists.starts[-2]) == (40 if taught else 0)
     assert recall[True] > 0.8 and recall[False] < 0.75
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clusters_are_those_of_k_means_by_hand(dtype):
+    drift, noise = drawn(203, D=7, m=203)
+    keys, each, rounds = (drift.cumsum(0) / 4 + noise).to(dtype), 9, 3
+    # a key far from all others, and two alike: one of them leaves its cluster empty
+    keys[40], keys[0] = 9.0, keys[10]
+    means = keys[torch.linspace(0, 202, 203 // each).round().long()].double()
+
+    def owners():
+        return [int(((key - means) ** 2).sum(-1).argmin()) for key in keys.double()]
+
+    for _ in range(rounds):
+        owner = torch.tensor(owners())
+        for c in owner.unique().tolist():
+            means[c] = keys[owner == c].double().mean(0)
+    names = sorted(set(owners()))
+    mine, centroids = _clustered(keys, each, rounds)
+    assert mine.tolist() == [names.index(c) for c in owners()]
+    torch.testing.assert_close(centroids.double(), means[names], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_none_is_told_wherever_it_stands(bad):
+    keys = torch.randn(50, 8)
+    keys[randrange(50), randrange(8)] = bad
+    with pytest.raises(InputError, match="NaN or infinity"):
+        index("lists").build(keys)

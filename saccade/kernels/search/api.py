@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from saccade.core.errors import InputError, UnsupportedError
@@ -97,7 +98,8 @@ def check_keys(name: str, keys: Tensor) -> None:
         raise InputError(
             f"{name}: keys must be floating point [n, width], none empty; got {list(keys.shape)} {keys.dtype}"
         )
-    if not bool(keys.isfinite().all()):
+    # NaN and infinity are their own smallest or largest
+    if not bool(torch.stack(keys.aminmax()).isfinite().all()):
         raise InputError(f"{name}: keys hold NaN or infinity")
 
 

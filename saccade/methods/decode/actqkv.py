@@ -156,7 +156,7 @@ class ActQKV(Selector):
         turn: Tensor | int = usual
         if self.adapt:
             state = self._state(call)
-            turn = _turn(state["before"], call.layer, usual, most)
+            turn = _turn(state["before"], call.layer, usual, most, q.device)
             self._note(state, call, _spread(scores, old, call.softmax_scale(q.shape[3])))
         best = scores.masked_fill(~old, float("-inf")).topk(min(most, scores.shape[3]), -1)
         kept = best.values.masked_fill(torch.arange(best.values.shape[3], device=q.device) >= turn, float("-inf"))
@@ -182,7 +182,7 @@ class ActQKV(Selector):
         """The entropies of all layers: kept in the memory of the first one, and handed on through the step.
 
         "means" maps a number of tokens to the running means after them, [B,H,layers], NaN where a layer said nothing;
-        "before" is what held before this call.
+        "before" is what held before this call. They lie where one of the layers lies; others may lie on another device.
         """
         key = f"actqkv of all layers {call.heads}"
         if key in call.step:
@@ -201,7 +201,7 @@ class ActQKV(Selector):
             spread = spread.mean(1, keepdim=True).expand_as(spread)
         B, H, n = spread.shape
         before = state["before"]
-        mean = None if before is None or before.shape[2] <= call.layer else before[:, :, call.layer]
+        mean = None if before is None or before.shape[2] <= call.layer else before[:, :, call.layer].to(spread.device)
         for i in range(n):
             new = spread[:, :, i]
             mean = new if mean is None else torch.where(mean.isnan(), new, mean + self.adapt * (new - mean))
@@ -236,11 +236,11 @@ def _spread(scores: Tensor, old: Tensor, scale: float) -> Tensor:
     return torch.where(count > 1, entropy / count.clamp_min(2).log(), 1.0)
 
 
-def _turn(board: Tensor | None, layer: int, usual: int, most: int) -> Tensor | int:
+def _turn(board: Tensor | None, layer: int, usual: int, most: int, device: torch.device) -> Tensor | int:
     """Blocks that this layer may retrieve now: its share of all layers' entropies, [B,H,1,1]."""
     if board is None or board.shape[2] <= layer:
         return usual
     mine = board[:, :, layer]
     share = mine / board.nanmean(-1).clamp_min(1e-6)
     share = torch.where(share.isnan(), 1.0, share)
-    return (usual * share).round().clamp(1, most)[:, :, None, None]
+    return (usual * share).round().clamp(1, most)[:, :, None, None].to(device)

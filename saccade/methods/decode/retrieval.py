@@ -150,11 +150,14 @@ class RetrievalAttention(Selector):
             self._note(call, float(q.shape[0] * q.shape[1] * q.shape[2] * (call.shape.M + far.tier.tokens)))
             return merge([close, everything(q, far, call)])
         ids, scanned = self._search_far(q, made, far, call)
-        self._note(call, scanned + float(q.shape[0] * q.shape[1] * q.shape[2] * (call.shape.M + count)))
+        self._note(call, scanned + float(q.shape[0] * q.shape[1] * q.shape[2] * (call.shape.M + count)), scanned)
         return merge([close, _attend_own(q, ids, far, call)])
 
     def estimate(self, call: Call) -> float:
-        return float(call.step.get(self._name(call), 0.0))
+        return float(call.step.get(self._name(call), (0.0, 0.0))[0])
+
+    def scored(self, call: Call) -> float:
+        return float(call.step.get(self._name(call), (0.0, 0.0))[1])
 
     def _search(self, q: Tensor, made: Indices | None, call: Call, last: Tensor, k: Tensor) -> tuple[Tensor, float]:
         """The best slots between sink and window for each query, and what it took."""
@@ -176,9 +179,10 @@ class RetrievalAttention(Selector):
         ids = torch.cat(found, -1) if found else torch.full((B, H, N, 1), -1, device=q.device)
         ids = ids.masked_fill(ids > last[:, None], -1)
         if len(found) > 1:
-            keys = k.repeat_interleave(H // G, 1)
-            at = ids.clamp_min(0).flatten(2)[..., None].expand(-1, -1, -1, k.shape[3])
-            mine = keys.gather(2, at).view(*ids.shape, -1)
+            # of the store only what was found is read: a copy of its keys for each query head would be most of a step
+            batch = torch.arange(B, device=q.device)[:, None, None, None]
+            head = (torch.arange(H, device=q.device) // (H // G))[:, None, None]
+            mine = k[batch, head, ids.clamp_min(0)]
             ids = _best(ids, (mine * q[:, :, :, None]).sum(-1), count)
         return ids.int(), scanned
 
@@ -238,8 +242,8 @@ class RetrievalAttention(Selector):
     def _name(self, call: Call) -> str:
         return f"retrieval {call.heads}"
 
-    def _note(self, call: Call, pairs: float) -> None:
-        call.step[self._name(call)] = pairs
+    def _note(self, call: Call, pairs: float, scored: float = 0.0) -> None:
+        call.step[self._name(call)] = (pairs, scored)
 
 
 def _even(length: int, count: int) -> Tensor:

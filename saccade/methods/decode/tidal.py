@@ -79,6 +79,10 @@ class TidalDecode(Selector):
                 f"{seen} in this forward; put tidal in every layer from {self.first} on for the same heads, and run "
                 "layers in order"
             )
+        if pick.index.device != q.device:
+            # a model spread over devices: the layers behind this one find it here
+            pick = Tokens(pick.index.to(q.device))
+            picks[call.heads] = source, pick
         return pick
 
     def source(self, layer: int) -> int | None:

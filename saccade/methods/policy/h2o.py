@@ -52,10 +52,11 @@ class H2O(CachePolicy):
     def keep(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | None:
         M, newest = call.shape.M, self.recent + DRAFT
         mass = key_mass(q, k, call).unflatten(1, (call.shape.G, -1)).mean(2)
-        # what was summed lies before what came since; a draft taken back may have left less than was summed
+        # what was summed lies before this call's tokens; where tokens were taken back, others stand in their slots now
         past = call.memory.get(("h2o", call.heads))
         if past is not None:
-            mass[..., : past.shape[2]] += past[..., :M]
+            old = min(past.shape[2], M - call.shape.N)
+            mass[..., :old] += past[..., :old]
         slots = None
         if self.heavy + newest < M:
             best = mass[..., : M - newest].topk(self.heavy).indices.sort(-1).values
@@ -64,6 +65,10 @@ class H2O(CachePolicy):
             mass = mass.gather(2, slots)
         call.memory["h2o", call.heads] = mass
         return slots
+
+    def scored(self, call: Call) -> float:
+        B, H, _, N, M = call.shape
+        return float(B * H * (N * M - N * (N - 1) // 2))
 
     def claim(self, seen: int) -> int:
         return min(seen, self.heavy + self.recent + DRAFT)

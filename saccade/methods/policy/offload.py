@@ -32,12 +32,13 @@ class Wanted(NamedTuple):
     width: int
 
 
-def check_room(wanted: Sequence[Wanted], tokens: int = 0) -> None:
+def check_room(wanted: Sequence[Wanted], tokens: int = 0, rows: int = 1) -> None:
     """Ask for the space of all layers together, before any work.
 
     Args:
         wanted: what each layer has; widths of 0 are not known, and nothing is asked for them.
         tokens: of the sequence; 0 = not known, where only what can hold nothing at all is refused.
+        rows: of a batch whose rows differ in length: each has a block cache of its own. 1 where they do not.
 
     Raises:
         InputError: the block caches of all layers together hold less than a block for each.
@@ -52,10 +53,11 @@ def check_room(wanted: Sequence[Wanted], tokens: int = 0) -> None:
     known = [each for each in wanted if each.width]
     least = max((each.policy.block * each.width + STAMP for each in known), default=0)
     cache = min((each.policy.cache for each in known), default=0)
-    if cache < least * len(known):
+    if cache < least * len(known) * rows:
+        apart = f", each with {rows} rows of different lengths," if rows > 1 else ""
         raise InputError(
-            f"Offload: a block cache of {cache} bytes for {len(known)} layers together does not hold one block of "
-            f"{least} bytes for each; make cache {least * len(known)} or more, or blocks smaller"
+            f"Offload: a block cache of {cache} bytes for {len(known)} layers{apart} together does not hold one block "
+            f"of {least} bytes for each; make cache {least * len(known) * rows} or more, or blocks smaller"
         )
     sizes: dict[str | None, int] = {}
     for policy, heads, width in known:

@@ -65,20 +65,33 @@ class SnapKV(CachePolicy):
     def keep(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor | None:
         M, newest = call.shape.M, self.window + DRAFT
         past = call.memory.get(("snapkv", call.heads))
-        # a call of few tokens: those before them still vote
-        voters = q[:, :, -self.window :] if past is None else torch.cat((past, q), 2)[:, :, -self.window :]
-        # a copy: a slice would hold all queries of the prompt in memory
-        call.memory["snapkv", call.heads] = voters = voters.detach().clone()
-        if self.capacity + self.slack >= M:
+        asked = q.detach()
+        if past is not None:
+            # a call of few tokens: those before them still vote, but for those that were taken back
+            gone = max(0, past["held"] - (M - call.shape.N))
+            asked = torch.cat((past["q"][:, :, : max(0, past["q"].shape[2] - gone)], asked), 2)
+        whole = not self._cuts(M)
+        # a copy: a slice would hold all queries of the prompt in memory. More than vote, as a draft may be taken back
+        kept = asked[:, :, -self.window - DRAFT :].clone()
+        call.memory["snapkv", call.heads] = {"q": kept, "held": M if whole else self.capacity}
+        if whole:
             return None
+        voters = asked[:, :, -self.window :]
         votes = key_mass(voters, k, _at_the_end(voters, call)).unflatten(1, (call.shape.G, -1)).mean(2)
         votes = max_pool1d(votes[..., : M - newest], self.kernel, stride=1, padding=self.kernel // 2)
         best = votes.topk(self.capacity - newest).indices.sort(-1).values
         last = torch.arange(M - newest, M, device=k.device).expand(*best.shape[:2], -1)
         return torch.cat((best, last), 2)
 
+    def scored(self, call: Call) -> float:
+        B, H, _, _, M = call.shape
+        return float(B * H * (self.window * M - self.window * (self.window - 1) // 2)) if self._cuts(M) else 0.0
+
     def claim(self, seen: int) -> int:
         return min(seen, self.capacity + self.slack)
+
+    def _cuts(self, held: int) -> bool:
+        return held > self.capacity + self.slack
 
 
 def _at_the_end(q: Tensor, call: Call) -> Call:

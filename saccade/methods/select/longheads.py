@@ -131,7 +131,7 @@ class LongHeads(Attention):
         rows = 1 if call.offset > 0 and N <= 16 else self.block_q
         count, chunks = -(-N // rows), -(-M // size)
         assert call.rope is not None
-        free = call.rope(q, torch.arange(call.offset, M, device=q.device), inverse=True)
+        free = call.rope.free(q, torch.arange(call.offset, M, device=q.device))
         first = torch.arange(count, device=q.device) * rows + call.offset
         last = (first + rows - 1).clamp(max=M - 1)
         chunk = torch.arange(chunks, device=q.device)
@@ -189,7 +189,7 @@ class LongHeads(Attention):
 def chunk_keys(q: Tensor, k: Tensor, v: Tensor, first: int, size: int, rope: Rope, call: Call) -> Tensor:
     """The key that sums up each chunk: q [B,H,n*size,D], k [B,G,n*size,D], v [B,G,n*size,Dv] -> [B,H,n,D].
 
-    `first` is the position of the first token.
+    `first` is the slot of the first token.
 
     Inside a chunk only distances count, so the rotation that q and k come with serves; the sum itself is made of keys
     that are rotated to positions 0, 1, ... of their chunk.
@@ -197,7 +197,7 @@ def chunk_keys(q: Tensor, k: Tensor, v: Tensor, first: int, size: int, rope: Rop
     share, scale = q.shape[1] // k.shape[1], call.softmax_scale(q.shape[3])
     q, k, v = (t.detach().unflatten(2, (-1, size)) for t in (q, k, v))
     start = torch.arange(q.shape[2], device=q.device) * size + first
-    local = rope(k.flatten(2, 3), start.repeat_interleave(size), inverse=True).unflatten(2, (-1, size))
+    local = rope.free(k.flatten(2, 3), start.repeat_interleave(size)).unflatten(2, (-1, size))
     k, v, local = (t.repeat_interleave(share, 1) for t in (k, v, local))
     if v.shape[4] == q.shape[4]:
         weights = torch.softmax((q @ k.transpose(-1, -2)) * scale, -1)

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from every_method import make
+from transformers import GraniteConfig, GraniteForCausalLM
 
+from saccade import Plan, attach
 from saccade.cache.store import DRAFT
 from saccade.core.errors import InputError
 from saccade.methods.policy.h2o import H2O
@@ -13,6 +16,9 @@ from saccade.testing import Feed, run, stream
 def held(method, sequence, pieces):
     feed, a = Feed(method, layers=1), 0
     for n in pieces:
+        if n < 0:
+            feed.crop(-n)
+            continue
         feed(sequence.part(a, a + n))
         a += n
     feed.stores[0].settle()
@@ -21,12 +27,15 @@ def held(method, sequence, pieces):
 
 
 def naive(sequence, pieces, method):
-    """What each key head holds: the votes of the last queries, pooled by hand."""
-    q, k = sequence.q[0, 0], sequence.k[0, 0]
-    share, out = len(q) // len(k), []
-    for g in range(len(k)):
-        mine, end = [], 0
+    """What each key head holds: the votes of the last queries, pooled by hand. A piece below 0 takes tokens back."""
+    share, out = sequence.q.shape[2] // sequence.k.shape[2], []
+    for g in range(sequence.k.shape[2]):
+        mine, end, q, k = [], 0, sequence.q[0, 0], sequence.k[0, 0]
         for n in pieces:
+            if n < 0:
+                q, k = (torch.cat((t[:, : end + n], t[:, end:]), 1) for t in (q, k))
+                mine, end = [p for p in mine if p < end + n], end + n
+                continue
             mine, end = mine + list(range(end, end + n)), end + n
             if len(mine) <= method.capacity + method.slack:
                 continue
@@ -46,10 +55,12 @@ def naive(sequence, pieces, method):
     return out
 
 
-@pytest.mark.parametrize("pieces", [[90], [70, 1, 1, 1, 9, 1], [40, 30, 17, 2]])
+@pytest.mark.parametrize(
+    "pieces", [[90], [70, 1, 1, 1, 9, 1], [40, 30, 17, 2], [36, -2, 3], [60, -9, 1, 9, 6], [32, 3, -4, 6]]
+)
 def test_against_the_definition(pieces):
-    method = SnapKV(capacity=32, window=5, kernel=3, slack=4)
-    sequence = stream(sum(pieces), layers=1, D=6)
+    method = SnapKV(capacity=32, window=8, kernel=3, slack=4)
+    sequence = stream(sum(n for n in pieces if n > 0), layers=1, D=6)
     got, want = held(method, sequence, pieces), naive(sequence, pieces, method)
     for a, b in zip(got, want, strict=True):
         # equal pooled votes of neighbours may fall either way at the edge
@@ -79,6 +90,33 @@ def test_what_it_does_not_ask_about_is_lost_for_the_next_question():
     sequence = asks(about=123)
     sequence.q[..., -1:, 0] = -1
     assert not any(123 in row for row in held(SnapKV(64, window=8), sequence, [600]))
+
+
+@pytest.mark.parametrize("pieces", [[36, -2, 3], [32, 3, -4, 6]])
+def test_tokens_that_were_taken_back_have_no_vote(pieces):
+    sequence, end = asks(about=5), sum(pieces[: pieces.index(min(pieces))])
+    sequence.q[..., -1:, 0] = -1
+    sequence.q[..., end + min(pieces) : end, 0] = 2
+    assert not any(5 in row for row in held(SnapKV(32, window=8, kernel=1, slack=4), sequence, pieces))
+
+
+@pytest.mark.parametrize("method", [SnapKV(40, window=8, slack=4), H2O(heavy=12, recent=12)])
+def test_votes_are_weights_by_the_model_s_own_scale(method):
+    """A scale of 1 on the logits is queries four times as long under a scale of 1/4."""
+    ids = torch.randint(3, 61, (1, 120), generator=torch.Generator().manual_seed(0))
+    kept = []
+    for scale, stretch in ((1.0, 1.0), (0.25, 4.0)):
+        model = make(GraniteForCausalLM, GraniteConfig, attention_multiplier=scale)
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.data *= stretch
+        with attach(model, Plan.uniform(model, cache=method)) as session, torch.no_grad():
+            cache = session.cache()
+            for part in ids.split((90, 1, 1, 1, 9, 9, 9), 1):
+                model(part, past_key_values=cache)
+            # a copy keeps what it has by the same scale
+            layers = cache.fork().layers
+            kept.append([layer.store.settle() or layer.store.views()[0].pos for layer in layers])
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
 
 
 def test_a_short_prompt_is_dense():
