@@ -85,6 +85,9 @@ class Session:
     def cache(self, length: int = 0) -> SaccadeCache:
         """A new, empty cache that follows the plan's policies: pass it to `generate(past_key_values=...)`.
 
+        A policy lets 16 tokens be taken back: assisted generation drafts 20 by default, so give it
+        `num_assistant_tokens=15`. For training leave caches out (`use_cache=False`).
+
         Args:
             length: tokens expected; plans with length rules in their cache phase look at it, and policies that keep
                 tokens elsewhere ask for the space.
