@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command += " --times " + " ".join(map(_shown, args.times))
     command += f" --tasks {args.tasks}" * bool(args.tasks) + f" --lengths {args.lengths}" * bool(args.lengths)
     command += f" --out {_shown(args.out)}" * (args.out != OUT)
+    command += f" --title {shlex.quote(args.title)}" * (args.title != TITLE)
     said = [(folder, conditions(folder)) for folder in dict.fromkeys([*folders, *(args.times or [])])]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page(rows, failed, said, command, known_reasons(WHY), args.title), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,17 @@ def test_only_some_tasks_and_lengths(writer, tmp_path):
     assert "(needle)" in text and "--tasks needle --lengths 16384" in text
     absent = next(line for line in text.splitlines() if line.startswith("Not run here: "))
     assert "`minference`" in absent and "`quest`" not in absent
+
+
+def test_the_command_of_a_page_writes_it_again(writer, tmp_path):
+    out, run = tmp_path / "page.md", folder(tmp_path / "a", [row("dense"), row("quest")])
+    writer.main([str(run), "--out", str(out), "--title", "A reader's page"])
+    first = out.read_text()
+    said = shlex.split(first.rsplit("`", 2)[1])
+    assert first.startswith("# A reader's page\n") and said[:2] == ["python", "bench/reader_table.py"]
+    # paths outside the repository are shown by their names
+    writer.main([str(run), "--out", str(out), *said[said.index("--title") :]])
+    assert out.read_text() == first
 
 
 def test_the_committed_run(writer, tmp_path):
