@@ -42,7 +42,9 @@ def attend_placed(q: Tensor, k: Tensor, v: Tensor, at: Tensor, block: int, call:
         True
     """
     spans = runs(at, -(-LEAST // block)) if q.device.type == "cpu" else []
-    single = torch.ones(at.shape[1], dtype=torch.bool, device=at.device)
+    if not spans:
+        return _listed(q, k, v, at, block, call)
+    single = torch.ones(at.shape[1], dtype=torch.bool)
     outs = []
     for a, b in spans:
         single[a:b] = False
@@ -52,11 +54,8 @@ def attend_placed(q: Tensor, k: Tensor, v: Tensor, at: Tensor, block: int, call:
             keys, values = k[:, :, stretch], v[:, :, stretch]
             parts.append(attend(mine, keys, values, None, all_seen(mine, keys, call)))
         outs.append(Out(torch.cat([part.o for part in parts]), torch.cat([lse_of(part) for part in parts])))
-    if not spans or bool(single.any()):
-        listed = at[:, single] if spans else at
-        keys, values = (t.expand(len(q), -1, -1, -1) for t in (k, v))
-        pattern = Blocks(listed[:, None, None], PACKED, block)
-        outs.append(attend(q, keys, values, pattern, all_seen(q, keys, call)))
+    if bool(single.any()):
+        outs.append(_listed(q, k, v, at[:, single], block, call))
     return merge(outs)
 
 
@@ -84,6 +83,12 @@ def all_seen(q: Tensor, k: Tensor, call: Call) -> Call:
         zeros = torch.zeros(1, 1, max(q.shape[2], k.shape[2]), dtype=torch.long, device=q.device)
         fields |= dict(q_pos=zeros[0, :, : q.shape[2]], k_pos=zeros[:, :, : k.shape[2]])
     return Call.of(q, k, **fields)
+
+
+def _listed(q: Tensor, k: Tensor, v: Tensor, at: Tensor, block: int, call: Call) -> Out:
+    """Blocks where they lie, by a list of their places."""
+    keys, values = (t.expand(len(q), -1, -1, -1) for t in (k, v))
+    return attend(q, keys, values, Blocks(at[:, None, None], PACKED, block), all_seen(q, keys, call))
 
 
 def lse_of(out: Out) -> Tensor:

@@ -119,7 +119,7 @@ def attention(
         )
     for name in ("s_aux", "softcap", "position_bias"):
         # sdpa, too, leaves sinks out, and without a word
-        if kwargs.get(name) is not None and (name == "s_aux" or not (custom or not served)):
+        if kwargs.get(name) is not None and (name == "s_aux" or (served and not custom)):
             raise UnsupportedError(f"layer {layer} passes {name}, which no method here honours; detach first")
     if custom or not served:
         if served:

@@ -190,8 +190,8 @@ def apply(
     elif left:
         patterns.append((tuple(sorted(left)), default.heads(sorted(left), call)))
     if policy is not None:
-        estimate += policy.scored(call)
-        scored += policy.scored(call)
+        votes = policy.scored(call)
+        estimate, scored = estimate + votes, scored + votes
     if not answers:
         pattern = patterns[0][1] if len(patterns) == 1 else PerHead(tuple(patterns))
         out = attend(q, k, v, pattern, call, key_bias=bias, lse=False).o
